@@ -13,6 +13,8 @@ one per output row, so that fused segments with different global scales stay exa
 All operands are in the checkpoint's layout (format.py).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -135,12 +137,16 @@ def experts(
     quantize_activations: bool = False,
     swiglu_limit: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    observe: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Mixture of experts -> [M, H] of `out_dtype`.
 
     out[m] = sum_t topk_weights[m, t] * w2[e] @ swiglu(w1[e] @ x[m], w3[e] @ x[m]), e = topk_ids[m, t].
     The intermediate is rounded to x's dtype, as every kernel that stores it does; the sum over t is in f32.
+    `observe` is called with (0, x) and, for each expert, (1, its intermediate).
     """
+    if observe is not None:
+        observe(0, x)
     m, hidden = x.shape
     local = topk_ids.long()
     if expert_map is not None:
@@ -164,8 +170,11 @@ def experts(
             out_dtype=torch.float32,
         )
         gate, up = gate_up.chunk(2, dim=-1)
+        intermediate = swiglu(gate, up, swiglu_limit).to(x.dtype)
+        if observe is not None:
+            observe(1, intermediate)
         down = linear(
-            swiglu(gate, up, swiglu_limit).to(x.dtype),
+            intermediate,
             w2_codes[expert],
             w2_block_scales[expert],
             w2_row_scale[expert],

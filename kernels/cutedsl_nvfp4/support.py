@@ -1,0 +1,74 @@
+"""Which devices this build has kernels for, and the reason wherever it has none."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from . import settings
+
+
+class Layout(StrEnum):
+    """Operand layout of prepared weights; one per family of kernels."""
+
+    PLAIN = "plain"  # the checkpoint's own layout, read by reference.py
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether an operation runs here, with what, and if not, why not."""
+
+    layout: Layout | None
+    implementation: str
+    reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.layout is not None
+
+
+# Kernels of this build by compute capability (major * 10 + minor).
+_LINEAR_KERNELS: dict[int, Layout] = {}
+_EXPERTS_KERNELS: dict[int, Layout] = {}
+
+
+def _support(operation: str, kernels: dict[int, Layout], device_type: str, capability: int | None) -> Support:
+    if settings.implementation() is settings.Implementation.REFERENCE:
+        return Support(Layout.PLAIN, f"torch reference on {device_type} (CUTEDSL_NVFP4_IMPL=reference)")
+    if device_type == "cpu":
+        return Support(Layout.PLAIN, "torch reference on the CPU")
+    if device_type == "cuda" and capability in kernels:
+        return Support(kernels[capability], f"CuTe DSL sm_{capability}a")
+    found = f"{device_type} with compute capability {capability}" if capability else device_type
+    built = ", ".join(f"sm_{number}a" for number in sorted(kernels)) or "none"
+    return Support(
+        None,
+        "none",
+        f"this build has no NVFP4 {operation} kernel for {found} (GPU kernels built: {built}); "
+        f"CUTEDSL_NVFP4_IMPL=reference runs the slow torch reference instead",
+    )
+
+
+def linear(device_type: str, capability: int | None) -> Support:
+    """Support for the linear op on `device_type` ("cpu", "cuda") with `capability` (90 for sm_90)."""
+    return _support("linear", _LINEAR_KERNELS, device_type, capability)
+
+
+def experts(device_type: str, capability: int | None) -> Support:
+    """Support for the mixture-of-experts op; see `linear`."""
+    return _support("experts", _EXPERTS_KERNELS, device_type, capability)
+
+
+def capability_of(device: torch.device) -> int | None:
+    """Compute capability as major * 10 + minor, or None for a device that has none."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def quantizes_activations(layout: Layout) -> bool:
+    """Whether prepared weights of `layout` are multiplied with NVFP4 activations (W4A4) or as they come."""
+    wanted = settings.activations()
+    if wanted is not settings.Activations.AUTO:
+        return wanted is settings.Activations.NVFP4
+    return False

@@ -1,0 +1,124 @@
+"""Which tile computes which problem: what is legal, stated once, and the measured choice by (N, K, M).
+
+Plain data: imports neither torch nor CuTe DSL, so tests, bench and ahead-of-time compilation share it.
+"""
+
+from dataclasses import dataclass
+
+PANEL_ROWS = 64  # weight rows a packed panel holds (sm90/layout.py)
+BLOCK_K = 64
+BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
+BLOCK_SCALE_BYTES = PANEL_ROWS * BLOCK_K // 16
+SM90_SHARED_MEMORY = 227 * 1024  # bytes one CTA may use
+MAX_CLUSTER = 8  # the portable cluster size
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """mma.sync tiles for few tokens: one panel of weight rows x `tokens`, K split over warps and a cluster."""
+
+    tokens: int = 8
+    k_warps: int = 2  # groups of four warps, each taking its own k blocks of a stage
+    blocks: int = 2  # k blocks of 64 a warp takes from a stage
+    stages: int = 4
+    split_k: int = 1  # CTAs of a cluster that share a tile's K
+
+    @property
+    def rows(self) -> int:
+        return PANEL_ROWS
+
+    @property
+    def stage_blocks(self) -> int:
+        return self.k_warps * self.blocks
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage_blocks * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES + self.tokens * BLOCK_K * 2)
+
+    @property
+    def partial_bytes(self) -> int:
+        return self.k_warps * PANEL_ROWS * self.tokens * 4
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self.stage_bytes + 16) + self.partial_bytes + 3 * 1024
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.k_warps + 32
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernel cannot run."""
+        if self.tokens not in (8, 16, 24, 32):
+            raise ValueError(f"{self}: tokens must be 8, 16, 24 or 32")
+        if self.k_warps not in (1, 2, 4) or self.blocks not in (1, 2):
+            raise ValueError(f"{self}: k_warps must be 1, 2 or 4 and blocks 1 or 2")
+        _check_shared(self)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """wgmma tiles: `panels` x 64 weight rows by `tokens`, one warpgroup a panel."""
+
+    panels: int = 2
+    tokens: int = 128
+    blocks: int = 1  # k blocks of 64 a stage
+    stages: int = 6
+    split_k: int = 1
+    ctas_per_sm: int = 1
+    persistent: bool = False
+    multicast: int = 1  # CTAs of a cluster that share the tokens and differ in rows
+
+    @property
+    def rows(self) -> int:
+        return PANEL_ROWS * self.panels
+
+    @property
+    def stage_bytes(self) -> int:
+        weights = self.panels * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES)
+        return self.blocks * (weights + self.tokens * BLOCK_K * 2)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens staged through shared memory at a time, for two-byte results; half as many of four bytes."""
+        return min(32, self.tokens)
+
+    @property
+    def output_bytes(self) -> int:
+        if self.split_k > 1:
+            slices = -(-self.tokens // 8 // self.split_k)
+            return self.split_k * slices * self.panels * 128 * 16
+        return 2 * self.output_tokens * (self.rows + 8) * 2
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self.stage_bytes + 16) + self.output_bytes + 3 * 1024
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.panels + 32
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernel cannot run."""
+        if self.panels not in (1, 2) or self.blocks not in (1, 2):
+            raise ValueError(f"{self}: panels and blocks must be 1 or 2")
+        if self.tokens % 16 or not 16 <= self.tokens <= 256 or self.tokens % self.output_tokens:
+            raise ValueError(f"{self}: tokens must be 16 or a multiple of 32 up to 256")
+        if self.split_k > 1 and (self.persistent or self.multicast > 1):
+            raise ValueError(f"{self}: split_k shares neither a cluster nor a persistent grid")
+        if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
+            raise ValueError(f"{self}: multicast must be 1 or 2")
+        _check_shared(self)
+
+
+Config = Narrow | Wide
+
+
+def _check_shared(config: Config) -> None:
+    if not 1 <= config.split_k <= MAX_CLUSTER or MAX_CLUSTER % config.split_k:
+        raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
+    if config.stages < 2:
+        raise ValueError(f"{config}: a pipeline needs at least 2 stages")
+    per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (getattr(config, "ctas_per_sm", 1) > 1)
+    if config.shared_memory > per_cta:
+        raise ValueError(f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there")
