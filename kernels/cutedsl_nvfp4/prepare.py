@@ -41,14 +41,18 @@ class PreparedExperts:
 def _check_pair(codes: torch.Tensor, block_scales: torch.Tensor, name: str) -> tuple[int, int]:
     """Validate dtype and shape of a (codes, block_scales) pair [..., N, *] -> (N, K)."""
     if codes.dtype != torch.uint8:
-        raise ValueError(f"{name}: packed codes must be uint8, got {codes.dtype}")
+        raise ValueError(
+            f"{name}: packed codes must be uint8, got {codes.dtype}; this tensor is not NVFP4. Convert or export "
+            f"the checkpoint again, or list the layer under quantization_config.ignore"
+        )
     n, k = codes.shape[-2], codes.shape[-1] * 2
     check_k(k, f"{name}: K")
     expected = (*codes.shape[:-1], k // GROUP_SIZE)
     if tuple(block_scales.shape) != expected:
         raise ValueError(
             f"{name}: block scales for codes of shape {tuple(codes.shape)} must be {expected} "
-            f"(one per {GROUP_SIZE} values), got {tuple(block_scales.shape)}"
+            f"(one per {GROUP_SIZE} values), got {tuple(block_scales.shape)}; the tensors do not belong together, "
+            f"or were quantized with another group size. Convert or export the checkpoint again"
         )
     check_block_scales(block_scales, name)
     return n, k
@@ -114,6 +118,12 @@ def prepare_experts(
             f"{name}: w13 of shape {tuple(w13_codes.shape)} and w2 of shape {tuple(w2_codes.shape)} (packed) "
             f"do not belong to the same experts: expected w13 [E, 2I, H/2] and w2 [E, H, I/2]"
         )
+    for matrix, scales, expected in (
+        ("w13", w13_global_scales, (num_experts, 2)),
+        ("w2", w2_global_scales, (num_experts,)),
+    ):
+        if tuple(scales.shape) != expected:
+            raise ValueError(f"{name}.{matrix}: global scales must be {expected}, got {tuple(scales.shape)}")
     check_global_scale(w13_global_scales.float(), f"{name}.w13")
     check_global_scale(w2_global_scales.float(), f"{name}.w2")
     w13_row_scale = w13_global_scales.detach().float().reshape(num_experts, 2)

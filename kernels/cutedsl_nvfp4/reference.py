@@ -101,7 +101,7 @@ def linear(
     if groups == 1:
         acc = F.linear(x32, weight)
     else:
-        grouped = x32.view(m, groups, -1).transpose(0, 1)
+        grouped = x32.view(m, groups, x32.shape[1] // groups).transpose(0, 1)
         acc = torch.bmm(grouped, weight.view(groups, n // groups, -1).transpose(1, 2))
         acc = acc.transpose(0, 1).reshape(m, n)
     acc = acc * row_scale

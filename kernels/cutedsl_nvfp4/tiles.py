@@ -122,3 +122,10 @@ def _check_shared(config: Config) -> None:
     per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (getattr(config, "ctas_per_sm", 1) > 1)
     if config.shared_memory > per_cta:
         raise ValueError(f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there")
+
+
+def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool) -> Config:
+    """The measured configuration for out [m, n] with inner dimension k."""
+    if m <= 8:
+        return Narrow(tokens=8)
+    return Wide(tokens=64)

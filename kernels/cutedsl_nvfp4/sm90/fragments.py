@@ -1,10 +1,10 @@
 """Register-level pieces both Hopper kernels share: weight decode, and PTX that CuTe DSL does not expose."""
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Uint32
+from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass._mlir.extras import types as T
+from cutlass.cute.nvgpu import cpasync
 from cutlass.cutlass_dsl import dsl_user_op
 
 from .decode import unpack_scales, unpack_word
@@ -38,6 +38,13 @@ def multiply_by_half(values: Uint32, pair: Uint32, half: int, *, loc=None, ip=No
     )
     operands = [values.ir_value(loc=loc, ip=ip), pair.ir_value(loc=loc, ip=ip)]
     return Uint32(_asm(T.i32(), operands, text, "=r,r,r", loc, ip))
+
+
+@dsl_user_op
+def settle(value: Uint32, *, loc=None, ip=None) -> Uint32:
+    """The value itself, computed no later than here: keeps decode from sinking between wgmmas, which makes
+    ptxas serialize them (C7513)."""
+    return Uint32(_asm(T.i32(), [value.ir_value(loc=loc, ip=ip)], "", "=r,0", loc, ip, volatile=True))
 
 
 @dsl_user_op
@@ -84,6 +91,13 @@ def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
     """Two f32 -> bf16x2, round to nearest even."""
     operands = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]
     return Uint32(_asm(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", loc, ip))
+
+
+@dsl_user_op
+def store_shared(address: Int32, value: Float32, *, loc=None, ip=None):
+    """One f32 to shared memory."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (address, value)]
+    _asm(None, operands, "st.shared.f32 [$0], $1;", "r,f,~{memory}", loc, ip, volatile=True)
 
 
 @dsl_user_op
@@ -137,17 +151,30 @@ def smem_address(pointer: cute.Pointer) -> Int32:
     return Int32(pointer.toint())
 
 
-__all__ = [
-    "BFloat16",
-    "address_in_cluster",
-    "load_matrices",
-    "load_words",
-    "mma_m16n8k16",
-    "multiply_by_half",
-    "pack_bf16",
-    "smem_address",
-    "store_in_cluster",
-    "store_matrices_transposed",
-    "store_output",
-    "weight_registers",
-]
+@cute.jit
+def tokens_view(mX: cute.Tensor, k: Int32):
+    """x [M, groups * K] -> (M, K, groups), so that TMA fills with zeros beyond K instead of crossing groups."""
+    k = cute.assume(k, divby=16)
+    layout = cute.make_layout((mX.shape[0], k, mX.shape[1] // k), stride=(mX.stride[0], 1, k))
+    return cute.make_tensor(mX.iterator, layout)
+
+
+def block_view(packed: cute.Tensor, words: int):
+    """[P, KB, words] -> (words, KB, P), the order of TMA's dimensions."""
+    layout = cute.make_layout(
+        (words, packed.shape[1], packed.shape[0]), stride=(1, words, packed.stride[0])
+    )
+    return cute.make_tensor(packed.iterator, layout)
+
+
+def partition_loads(
+    atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int, member: int = 0, members: int = 1
+):
+    """(shared by stage, global by tile) views of one TMA load whose box is the first `modes` modes."""
+    return cpasync.tma_partition(
+        atom,
+        member,
+        cute.make_layout(members),
+        cute.group_modes(shared, 0, modes),
+        cute.group_modes(tiles, 0, modes),
+    )

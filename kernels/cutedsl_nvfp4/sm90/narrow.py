@@ -31,14 +31,18 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Narrow
+from .decode import EPILOGUE_SCALE
 from .fragments import (
     address_in_cluster,
+    block_view,
     load_matrices,
     load_words,
     mma_m16n8k16,
+    partition_loads,
     smem_address,
     store_in_cluster,
     store_output,
+    tokens_view,
     weight_registers,
 )
 from .layout import CODE_WORDS, SCALE_WORDS
@@ -72,15 +76,6 @@ class NarrowLinear:
     ):
         c = self.config
         tokens, stage_blocks, stages = c.tokens, c.stage_blocks, c.stages
-        panels, blocks = mCodes.shape[0], mCodes.shape[1]
-        groups = mX.shape[1] // k
-        k = cute.assume(k, divby=16)
-        mX_mkg = cute.make_tensor(
-            mX.iterator, cute.make_layout((mX.shape[0], k, groups), stride=(mX.stride[0], 1, k))
-        )
-        mCodes_wkp = _block_view(mCodes, CODE_WORDS, blocks, panels)
-        mScales_wkp = _block_view(mScales, SCALE_WORDS, blocks, panels)
-
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
         x_layout = cute.tile_to_shape(atom, (tokens, stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
         code_layout = cute.make_layout((CODE_WORDS, stage_blocks, stages))
@@ -88,13 +83,13 @@ class NarrowLinear:
         load = cpasync.CopyBulkTensorTileG2SOp()
         stage_of = (None, None, 0)
         x_atom, tX = cpasync.make_tiled_tma_atom(
-            load, mX_mkg, cute.slice_(x_layout, stage_of), (tokens, stage_blocks * BLOCK_K)
+            load, tokens_view(mX, k), cute.slice_(x_layout, stage_of), (tokens, stage_blocks * BLOCK_K)
         )
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, mCodes_wkp, cute.slice_(code_layout, stage_of), (CODE_WORDS, stage_blocks)
+            load, block_view(mCodes, CODE_WORDS), cute.slice_(code_layout, stage_of), (CODE_WORDS, stage_blocks)
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load, mScales_wkp, cute.slice_(scale_layout, stage_of), (SCALE_WORDS, stage_blocks)
+            load, block_view(mScales, SCALE_WORDS), cute.slice_(scale_layout, stage_of), (SCALE_WORDS, stage_blocks)
         )
 
         @cute.struct
@@ -123,7 +118,7 @@ class NarrowLinear:
             code_layout,
             scale_layout,
         ).launch(
-            grid=(panels * c.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
+            grid=(mCodes.shape[0] * c.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
             block=(c.threads, 1, 1),
             cluster=(c.split_k, 1, 1),
             min_blocks_per_mp=1,
@@ -190,9 +185,9 @@ class NarrowLinear:
             )
             gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.stage_blocks), (0, None, panel))
             gScales = cute.local_tile(tScales, (SCALE_WORDS, c.stage_blocks), (0, None, panel))
-            tXs, tXg = _partition(x_atom, sX, gX)
-            tCs, tCg = _partition(code_atom, sCodes, gCodes)
-            tSs, tSg = _partition(scale_atom, sScales, gScales)
+            tXs, tXg = partition_loads(x_atom, sX, gX, 2)
+            tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
+            tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:
                     with cute.arch.elect_one():
@@ -325,7 +320,7 @@ class NarrowLinear:
                 n = panel * PANEL_ROWS + unit * 8 + lane // 4
                 m = token_tile * c.tokens + (pair % (c.tokens * 4)) // 32 * 8 + (lane % 4) * 2
                 if n < mOut.shape[1]:
-                    scale = mRowScale[n] * Float32(256.0)
+                    scale = mRowScale[n] * Float32(EPILOGUE_SCALE)
                     total = [Float32(0.0), Float32(0.0)]
                     for source in cutlass.range_constexpr(c.split_k * c.k_warps):
                         for v in cutlass.range_constexpr(2):
@@ -335,16 +330,3 @@ class NarrowLinear:
                         if cutlass.const_expr(self.has_bias):
                             value = value + mBias[n].to(Float32)
                         store_output(mOut, m + v, n, value)
-
-
-def _block_view(packed: cute.Tensor, words: int, blocks: Int32, panels: Int32) -> cute.Tensor:
-    """[P, KB, words] -> (words, KB, P) for TMA."""
-    layout = cute.make_layout((words, blocks, panels), stride=(1, words, packed.stride[0]))
-    return cute.make_tensor(packed.iterator, layout)
-
-
-def _partition(atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor):
-    """(shared by stage, global by tile) views for one TMA atom without multicast."""
-    return cpasync.tma_partition(
-        atom, 0, cute.make_layout(1), cute.group_modes(shared, 0, 2), cute.group_modes(tiles, 0, 2)
-    )

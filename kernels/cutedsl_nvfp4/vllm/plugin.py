@@ -1,5 +1,7 @@
 """Entry points: register the kernels in every vLLM process, and the report endpoint in the API server."""
 
+import logging
+
 import vllm
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
@@ -25,8 +27,14 @@ def check_vllm() -> None:
         )
 
 
+def _log_with_vllm() -> None:
+    """Send this package's log where vLLM's goes; vLLM configures only its own logger."""
+    logging.getLogger("cutedsl_nvfp4").parent = logging.getLogger("vllm")
+
+
 def register() -> None:
     """vllm.general_plugins: put our kernels first. Runs in every process, any number of times."""
+    _log_with_vllm()
     check_vllm()
     from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS, register_linear_kernel
     from vllm.v1.worker.worker_base import WorkerBase
