@@ -291,9 +291,9 @@ def _describe_mismatch(lines: list[str], block: list[str], expected: int, lowest
     """Where the block nearly fits, and the first line that differs there."""
 
     def matches(start: int) -> int:
-        return sum(a == b for a, b in zip(lines[start : start + len(block)], block))
+        return sum(a == b and not a.isspace() for a, b in zip(lines[start : start + len(block)], block))
 
-    starts = range(lowest, max(lowest, len(lines) - len(block)) + 1)
+    starts = range(lowest, len(lines) + 1)
     best = max(starts, key=lambda start: (matches(start), -abs(start - expected)), default=expected)
     for i, wanted in enumerate(block):
         found = lines[best + i] if best + i < len(lines) else None

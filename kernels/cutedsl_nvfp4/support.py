@@ -38,7 +38,7 @@ def _support(operation: str, kernels: dict[int, Layout], device_type: str, capab
         return Support(Layout.PLAIN, "torch reference on the CPU")
     if device_type == "cuda" and capability in kernels:
         return Support(kernels[capability], f"CuTe DSL sm_{capability}a")
-    found = f"{device_type} with compute capability {capability}" if capability else device_type
+    found = f"sm_{capability}" if capability else device_type
     built = ", ".join(f"sm_{number}a" for number in sorted(kernels)) or "none"
     return Support(
         None,

@@ -1,5 +1,6 @@
 """What this build does not serve on NVFP4 layers, refused by name before any weight is read."""
 
+from torch.nn import Module
 from vllm.config import VllmConfig
 
 
@@ -22,3 +23,13 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str) -> None:
         )
     if reasons:
         raise ValueError(f"{kernel} does not support " + "; ".join(reasons))
+
+
+def refuse_reload(model: Module) -> None:
+    """Raise ValueError if `model` holds prepared NVFP4 operands: reloading weights into them is not supported."""
+    prepared = [name for name, module in model.named_modules() if getattr(module, "nvfp4_prepared", False)]
+    if prepared:
+        raise ValueError(
+            f"reloading weights into prepared NVFP4 operands is not supported ({len(prepared)} layers, the first "
+            f"{prepared[0]}); restart the server with the new checkpoint. The weights being served are untouched"
+        )

@@ -1,0 +1,54 @@
+"""Markers, two threads, a clean environment, and the random weights the tests share."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+MARKERS = {
+    "gpu_sm90": "needs a Hopper GPU (compute capability 9.0); skipped, with the reason, where there is none",
+    "image": "builds or starts the container image",
+    "serving": "starts a vLLM server",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu_sm90") is None:
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests see the defaults unless they set a variable themselves."""
+    for variable in os.environ:
+        if variable.startswith("CUTEDSL_NVFP4_"):
+            monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def random_weight() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """(*shape, seed=0) -> (codes uint8 [..., N, K/2], block_scales e4m3 [..., N, K/16]) of shape [..., N, K].
+
+    Every code occurs; scales lie in 2**-3 .. 2**3, so that products stay far from f32's limits.
+    """
+
+    def make(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        *rows, k = shape
+        codes = torch.randint(0, 256, (*rows, k // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(0x20, 0x50, (*rows, k // 16), dtype=torch.uint8, generator=generator)
+        return codes, scales.view(torch.float8_e4m3fn)
+
+    return make

@@ -1,0 +1,257 @@
+"""One test per patch, each failing without it (patches/README.md lists the pairs)."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.vllm import plugin
+from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
+from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.kernels import linear as kernel_lists
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
+
+K, SEGMENTS = 32, (16, 48)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _single_rank(tmp_path_factory) -> Iterator[None]:
+    """Our kernels registered, and vLLM's process groups for one rank: layers cannot be built without."""
+    plugin.register()
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('dist')}/store", 0, backend="gloo")
+        initialize_model_parallel(1)
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def fused_layer(random_weight) -> MergedColumnParallelLinear:
+    """A fused NVFP4 layer on the CPU, its checkpoint tensors loaded but not prepared; scales differ 8-fold."""
+    config = ModelOptNvFp4Config("NVFP4", is_checkpoint_nvfp4_serialized=True)
+    with set_current_vllm_config(VllmConfig()):
+        layer = MergedColumnParallelLinear(
+            K, list(SEGMENTS), bias=False, quant_config=config, prefix="fused", disable_tp=True,
+            params_dtype=torch.bfloat16,
+        )  # fmt: skip
+    codes, scales = random_weight(sum(SEGMENTS), K)
+    layer.weight.data.copy_(codes)
+    layer.weight_scale.data.copy_(scales)
+    layer.weight_scale_2.data.copy_(torch.tensor([0.25, 2.0]))
+    layer.input_scale.data.fill_(0.01)
+    return layer
+
+
+def test_linear_kernel_list_is_open(monkeypatch):
+    class Kernel(EmulationNvFp4LinearKernel):
+        pass
+
+    monkeypatch.setattr(kernel_lists, "_POSSIBLE_NVFP4_KERNELS", {PlatformEnum.CPU: [EmulationNvFp4LinearKernel]})
+    monkeypatch.setattr(kernel_lists, "_PREFERRED_NVFP4_KERNELS", [])
+    monkeypatch.setattr(kernel_lists, "_LINEAR_BACKEND_KERNEL_MAP", {})
+    kernel_lists.register_linear_kernel(Kernel, PlatformEnum.CPU, "nvfp4", first=True, backend="mine")
+    assert kernel_lists._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] == [Kernel, EmulationNvFp4LinearKernel]
+    assert kernel_lists._LINEAR_BACKEND_KERNEL_MAP == {"mine": {Kernel}}
+    for use_a16 in (False, True):
+        with set_current_vllm_config(VllmConfig()):
+            assert type(kernel_lists.init_nvfp4_linear_kernel(use_a16=use_a16)) is Kernel
+
+
+def test_moe_oracle_is_open():
+    from vllm.model_executor.layers.fused_moe.oracle import nvfp4
+
+    assert nvfp4.map_nvfp4_backend("cutedsl") is nvfp4.AUTO_NVFP4_BACKENDS[0]
+    assert nvfp4.backend_to_kernel_cls(nvfp4.AUTO_NVFP4_BACKENDS[0]) == [CuTeDSLNvFp4Experts]
+
+
+def test_fused_segments_keep_their_scales(fused_layer, random_weight):
+    codes, scales = random_weight(sum(SEGMENTS), K)
+    fused_layer.quant_method.process_weights_after_loading(fused_layer)
+    x = torch.randn(5, K, dtype=torch.bfloat16)
+    out, _ = fused_layer(x)
+    weight = reference.dequantize(codes, scales)
+    weight[: SEGMENTS[0]] *= 0.25
+    weight[SEGMENTS[0] :] *= 2.0
+    torch.testing.assert_close(out.float(), x.float() @ weight.T, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["weight_scale_2", "input_scale"])
+def test_absent_scales_are_told_from_loaded_ones(missing):
+    config = ModelOptNvFp4Config("NVFP4", is_checkpoint_nvfp4_serialized=True)
+    with set_current_vllm_config(VllmConfig()):
+        layer = MergedColumnParallelLinear(
+            K, list(SEGMENTS), bias=False, quant_config=config, prefix="fused", disable_tp=True
+        )
+    assert torch.isnan(getattr(layer, missing)).all()
+
+
+@pytest.fixture(scope="module")
+def demo_model():
+    """The demo's model as vLLM builds it on the CPU, before any weight is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    config = EngineArgs(model=str(demo), max_model_len=4096, max_num_batched_tokens=4096).create_engine_config()
+    with set_current_vllm_config(config), mock.patch("torch.cuda.Event"):
+        return initialize_model(config)
+
+
+def _attention(model, ratio: int):
+    return next(layer.attn for layer in model.model.layers if layer.attn.compress_ratio == ratio)
+
+
+def test_compressor_and_indexer_are_quantized(demo_model):
+    attention = _attention(demo_model, 4)
+    indexer = attention.indexer
+    for layer in (
+        attention.compressor.fused_wkv_wgate,
+        indexer.compressor.fused_wkv_wgate,
+        indexer.weights_proj,
+        indexer.wq_b,
+    ):
+        assert type(layer.quant_method.kernel) is CuTeDSLNvFp4LinearKernel, layer.prefix
+    assert attention.compressor.fused_wkv_wgate.nvfp4_out_dtype is torch.float32
+    assert indexer.wq_b.nvfp4_input_twin == (attention.wq_b,)
+
+
+def test_compressor_scores_go_through_the_layer(fused_layer):
+    """The GPU path's input projections: a quantized compressor is called, not multiplied by hand."""
+    from vllm.models.deepseek_v4.attention import DeepseekV4Attention
+
+    fused_layer.nvfp4_out_dtype = torch.float32
+    fused_layer.return_bias = False
+    fused_layer.quant_method.process_weights_after_loading(fused_layer)
+    attention = SimpleNamespace(
+        aux_stream_list=None,
+        compressor=SimpleNamespace(fused_wkv_wgate=fused_layer),
+        indexer=None,
+        ln_events=[None] * 4,
+        _fused_wqa_wkv_gemm=lambda hidden: hidden,
+    )
+    x = torch.randn(3, K, dtype=torch.bfloat16)
+    _, scores, _, _ = DeepseekV4Attention._run_parallel_input_projections(attention, x)
+    assert scores.dtype is torch.float32
+    torch.testing.assert_close(scores, fused_layer(x))
+
+
+def test_wo_a_is_quantized(demo_model, monkeypatch):
+    attention = _attention(demo_model, 128)
+    assert type(attention.wo_a.quant_method.kernel) is CuTeDSLNvFp4LinearKernel
+    process = attention.wo_a.quant_method.process_weights_after_loading
+    assert process.__name__ == "process_weights_after_loading"  # not the CPU layer's bf16 repacking
+
+    from vllm.models.deepseek_v4.nvidia.ops import o_proj
+
+    groups, width = 2, 4
+    monkeypatch.setattr(
+        o_proj, "fused_inv_rope_fp8_quant", lambda o, *args, quantize, **kwargs: (o.float(), None) if not quantize else 1 / 0
+    )
+
+    class GroupedNvfp4(torch.nn.Module):
+        weight = torch.zeros(1, dtype=torch.uint8)
+        quant_method = attention.wo_a.quant_method
+
+        def forward(self, x):
+            return 2 * x
+
+    o = torch.randn(3, groups, width)
+    out = o_proj.deep_gemm_fp8_o_proj(
+        o, None, None, GroupedNvfp4(), lambda z: z + 1, n_groups=groups, heads_per_group=1, nope_dim=0,
+        rope_dim=0, o_lora_rank=width, einsum_recipe=(1, 128, 128), tma_aligned_scales=False,
+    )  # fmt: skip
+    torch.testing.assert_close(out, 2 * o.flatten(1) + 1)
+
+
+def test_metadata_kernels_run_without_triton():
+    from vllm.triton_utils import HAS_TRITON, dispatcher
+
+    if HAS_TRITON:
+        pytest.skip("this environment has a Triton for the CPU, which runs the kernels natively")
+    type(current_platform).register_triton_kernel_overrides()
+    mla = "vllm.v1.attention.backends.mla"
+    assert {
+        "vllm.v1.attention.ops.metadata._token_request_mapping_kernel",
+        f"{mla}.sparse_swa.ComputePrefillMetadataKernel.kernel",
+        f"{mla}.compressor_utils.CompressedSlotMappingKernel.kernel",
+        f"{mla}.indexer.BuildPrefillChunkMetadataKernel.kernel",
+    } <= set(dispatcher._registry)
+
+
+def test_cpu_tile_scheduler_has_every_layer_type():
+    from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder as Builder
+
+    assert {"c1a", "c2a", "c4a", "c128a"} <= set(Builder.build_tile_scheduler(None, 1))
+
+
+def test_cpu_mapper_keeps_modelopt_names():
+    from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
+
+    mapper = _make_deepseek_v4_weights_mapper("fp4")
+    names = ["layers.0.attn.wq_b.weight_scale", "layers.0.attn.wq_b.input_scale", "layers.0.attn.wq_b.scale"]
+    assert mapper.apply_list(names) == [
+        "model.layers.0.attn.wq_b.weight_scale",
+        "model.layers.0.attn.wq_b.input_scale",
+        "model.layers.0.attn.wq_b.weight_scale_inv",
+    ]
+
+
+def test_command_line_starts():
+    run = subprocess.run([Path(sys.executable).parent / "vllm", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().endswith(plugin.VLLM_VERSION)
+
+
+def test_workers_settle_activation_scales(monkeypatch):
+    from vllm.config import CompilationMode
+    from vllm.v1.worker import cpu_worker, gpu_worker
+
+    settled = []
+    monkeypatch.setattr("cutedsl_nvfp4.vllm.warmup.settle_activation_scales", settled.append)
+
+    class GraphCapture(Exception):
+        pass
+
+    def kernel_warmup(worker):
+        raise GraphCapture
+
+    monkeypatch.setattr(gpu_worker, "kernel_warmup", kernel_warmup)
+    worker = SimpleNamespace(
+        model_runner=SimpleNamespace(
+            kv_caches=[object()], maybe_remove_all_loras=lambda config: None, lora_config=None
+        ),
+        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(mode=CompilationMode.NONE)),
+        compilation_config=SimpleNamespace(compilation_time=0.0, encoder_compilation_time=0.0),
+        model_config=SimpleNamespace(seed=0),
+        parallel_config=SimpleNamespace(data_parallel_index=0),
+        _should_warm_up_model=lambda: False,
+    )
+    cpu_worker.CPUWorker.compile_or_warm_up_model(worker)
+    assert settled == [worker]
+    with pytest.raises(GraphCapture):
+        gpu_worker.Worker.compile_or_warm_up_model(worker)
+    assert settled == [worker, worker]
+
+
+def test_reload_is_refused_before_anything_is_lost(fused_layer):
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    fused_layer.quant_method.process_weights_after_loading(fused_layer)
+    model = torch.nn.Sequential(fused_layer)
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="reloading weights into prepared NVFP4 operands"):
+        initialize_layerwise_reload(model)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(after[name] is before[name] for name in before)

@@ -1,0 +1,92 @@
+"""refusals.py: every option that NVFP4 layers do not serve is refused by its own name, and no other."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.model_executor.kernels.linear import init_nvfp4_linear_kernel
+
+from cutedsl_nvfp4.vllm import plugin
+from cutedsl_nvfp4.vllm.refusals import refuse_unsupported
+
+KERNEL = "CuTeDSLNvFp4LinearKernel"
+
+
+def stand_in(config_class: type, **values) -> SimpleNamespace:
+    """Only these fields of a config that cannot be made here; each must be a field of the real class."""
+    unknown = set(values) - {field.name for field in dataclasses.fields(config_class)}
+    assert not unknown, f"{config_class.__name__} has no {unknown}"
+    return SimpleNamespace(**values)
+
+
+def with_lora(config):
+    config.lora_config = LoRAConfig()
+
+
+def with_eplb(config):
+    config.parallel_config = stand_in(
+        ParallelConfig, enable_eplb=True
+    )  # vLLM makes the real one on GPUs only
+
+
+def with_sleep_mode(config):
+    config.model_config = stand_in(ModelConfig, enable_sleep_mode=True)
+
+
+def with_speculation(config):
+    config.speculative_config = stand_in(SpeculativeConfig, method="mtp")
+
+
+OPTIONS = {
+    "--enable-lora": (with_lora, "merge the adapter before quantizing"),
+    "--enable-eplb": (with_eplb, "leave it off"),
+    "--enable-sleep-mode": (with_sleep_mode, "leave it off"),
+    "--speculative-config": (with_speculation, "(method 'mtp')"),
+}
+
+
+@pytest.fixture
+def config() -> VllmConfig:
+    """A default vLLM configuration whose fields can be replaced without its validation."""
+    real = VllmConfig()
+    return SimpleNamespace(**{field.name: getattr(real, field.name) for field in dataclasses.fields(real)})
+
+
+def test_the_default_configuration_is_served(config):
+    refuse_unsupported(config, KERNEL)
+    config.model_config = stand_in(ModelConfig, enable_sleep_mode=False)
+    refuse_unsupported(config, KERNEL)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_is_refused_by_name(config, option):
+    enable, remedy = OPTIONS[option]
+    enable(config)
+    with pytest.raises(ValueError) as error:
+        refuse_unsupported(config, KERNEL)
+    message = str(error.value)
+    assert message.startswith(f"{KERNEL} does not support {option}") and remedy in message
+    assert [other for other in OPTIONS if other in message] == [option]
+
+
+def test_every_refused_option_is_in_one_message(config):
+    for enable, _ in OPTIONS.values():
+        enable(config)
+    with pytest.raises(ValueError) as error:
+        refuse_unsupported(config, KERNEL)
+    assert [option for option in OPTIONS if option in str(error.value)] == list(OPTIONS)
+
+
+def test_a_layer_is_not_built_under_a_refused_option():
+    plugin.register()
+    config = VllmConfig()
+    with set_current_vllm_config(config):
+        assert type(init_nvfp4_linear_kernel()).__name__ == KERNEL
+    with_lora(config)
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(ValueError, match=f"{KERNEL} does not support --enable-lora"),
+    ):
+        init_nvfp4_linear_kernel()
