@@ -45,6 +45,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = " into the void" if behaviour == "wrong" else " upon a time"
+        if behaviour == "fails":
+            self.send_response(500)
+            self.end_headers()
+            self.wfile.write(b"out of cache")
+            return
         assert request["prompt"] == "Once" and request["temperature"] == 0
         self.reply({"choices": [{"text": text}], "usage": {"completion_tokens": 4}})
     def log_message(self, *_):
@@ -130,6 +135,11 @@ def test_wrong_text_is_an_error(demo, capsys):
     assert "the reference continues with ' upon a time'" in output.err
 
 
+def test_server_that_fails_to_complete_is_an_error(demo, capsys):
+    assert demo("start", "fails") == 1
+    assert "/v1/completions answers 500: out of cache" in capsys.readouterr().err
+
+
 def test_server_without_our_plugin_is_an_error(demo, capsys):
     assert demo("start", "no-plugin") == 1
     assert "/kernels answers 404: the plugin or the patches are not active" in capsys.readouterr().err
@@ -180,11 +190,15 @@ def test_someone_elses_process_with_our_pid_is_left_alone(demo, capsys):
 
 @pytest.mark.parametrize(
     ("present", "reason"),
-    [([], "scripts/setup_env"), ([".venv/bin/vllm"], "holds no checkpoint")],
+    [
+        ([], "scripts/setup_env"),
+        ([".venv/bin/vllm"], "config.json is missing; get it from git, or make it with `make train-demo`"),
+        ([".venv/bin/vllm", "demo/config.json"], "expected.json is missing"),
+    ],
 )
 def test_what_is_not_there_yet_is_named(tmp_path, present, reason):
     for name in present:
-        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(demo_server.DemoFailed, match=reason):
         demo_server.server_command(tmp_path, "127.0.0.1", 8000)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from cutedsl_nvfp4.format import E2M1_VALUES
 from cutedsl_nvfp4.sm90 import decode
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from cutedsl_nvfp4.format import E2M1_VALUES, pack_codes, unpack_codes
 from cutedsl_nvfp4.sm90 import decode
 from cutedsl_nvfp4.sm90.layout import BLOCK_K, PANEL_ROWS, pack_linear, packed_shape, unpack_linear
@@ -24,7 +25,9 @@ def without_zero_groups(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torc
     return pack_codes(nibbles.masked_fill(zero.unsqueeze(-1), 0).flatten(-2)), scales.float().abs()
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (128, 256), (1, 16), (65, 80), (200, 144), (3, 70, 48), (2, 2, 64, 64)])
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (128, 256), (1, 16), (65, 80), (200, 144), (3, 70, 48), (2, 2, 64, 64)]
+)
 def test_round_trip(shape):
     codes, scales = random_weight(*shape)
     packed = pack_linear(codes, scales)
@@ -55,13 +58,21 @@ def test_fragments_are_the_tensor_cores():
             for lane in range(32):
                 for step in range(4):
                     registers = decode.unpack_word(int(words[block, warp, lane, step]))
-                    pair = as_bf16(decode.unpack_scales(int(scale_words[block, warp, lane // 4, step // 2]), step % 2))
+                    pair = as_bf16(
+                        decode.unpack_scales(int(scale_words[block, warp, lane // 4, step // 2]), step % 2)
+                    )
                     for index, register in enumerate(registers):
                         half = index % 2
                         got = (as_bf16(register) * pair[half]).double() * decode.EPILOGUE_SCALE
                         row = 16 * warp + 8 * half + lane // 4
                         column = 64 * block + 16 * step + 8 * (index // 2) + 2 * (lane % 4)
-                        assert torch.equal(got, value[row, column : column + 2]), (block, warp, lane, step, index)
+                        assert torch.equal(got, value[row, column : column + 2]), (
+                            block,
+                            warp,
+                            lane,
+                            step,
+                            index,
+                        )
 
 
 def test_padding_is_zero():

@@ -320,7 +320,7 @@ def expert_tensors(random_weight):
 
 
 def load_experts(layer: Module, tensors: dict[str, torch.Tensor], skip=frozenset()) -> None:
-    """Every expert's w1, w2 and w3 through vLLM's loader, except each (parameter, expert, shard) in `skip`."""
+    """Each expert's w1, w2, w3 through vLLM's loader, except any (parameter, expert, shard) in `skip`."""
     for name, tensor in tensors.items():
         parameter = getattr(layer, name)
         for expert in range(NUM_EXPERTS):

@@ -8,6 +8,8 @@ points where it does. Imports no vLLM: the patched modules import this one.
 import torch
 from torch.nn import Module, Parameter
 
+from ..format import check_block_scales
+
 
 def _name(layer: Module) -> str:
     return getattr(layer, "prefix", None) or getattr(layer, "layer_name", None) or type(layer).__name__
@@ -20,6 +22,24 @@ def _check_loaded(scales: torch.Tensor, name: str, tensor: str) -> None:
             f"{scales.numel()} values were never loaded); the export is incomplete, or the layer is not "
             f"NVFP4 and must be listed under quantization_config.ignore"
         )
+
+
+def mark_unloaded(experts_cls: type, *block_scales: Parameter) -> None:
+    """Fill block scales with NaN until they are loaded, for an experts class that refuses NaN."""
+    if getattr(experts_cls, "scales_each_row", False):
+        for scales in block_scales:
+            scales.data.fill_(torch.nan)
+
+
+def require_weight_scale(layer: Module) -> None:
+    """Raise ValueError where `weight_scale` was never loaded (all NaN) or holds a NaN or negative scale."""
+    name = _name(layer)
+    if bool(torch.isnan(layer.weight_scale.float()).all()):
+        raise ValueError(
+            f"{name}: weight_scale is missing from the checkpoint (never loaded); the export is incomplete, or "
+            f"the layer is not NVFP4 and must be listed under quantization_config.ignore"
+        )
+    check_block_scales(layer.weight_scale.data, name)
 
 
 def keep_segment_scales(layer: Module) -> None:
