@@ -50,7 +50,9 @@ def indexer_wrong(tensors: Tensors) -> None:
     for layer in _layers(tensors):
         if ".indexer." in layer:
             codes = tensors[f"{layer}.weight"]
-            tensors[f"{layer}.weight"] = torch.randint(0, 256, codes.shape, dtype=torch.uint8, generator=generator)
+            tensors[f"{layer}.weight"] = torch.randint(
+                0, 256, codes.shape, dtype=torch.uint8, generator=generator
+            )
 
 
 def largest_segment_scale_for_all(tensors: Tensors) -> None:

@@ -33,7 +33,9 @@ def free_port() -> int:
 class Server:
     """`vllm serve model`, healthy on entering; its whole process group is gone on leaving."""
 
-    def __init__(self, model: Path, log: Path, env: dict[str, str] | None = None, arguments: tuple[str, ...] = ()):
+    def __init__(
+        self, model: Path, log: Path, env: dict[str, str] | None = None, arguments: tuple[str, ...] = ()
+    ):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log

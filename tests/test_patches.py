@@ -9,18 +9,23 @@ from unittest import mock
 
 import pytest
 import torch
-from cutedsl_nvfp4 import reference
-from cutedsl_nvfp4.vllm import plugin
-from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
-from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.model_executor.kernels import linear as kernel_lists
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
+
+from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.vllm import plugin
+from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
+from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
 
 K, SEGMENTS = 32, (16, 48)
 
@@ -30,7 +35,9 @@ def _single_rank(tmp_path_factory) -> Iterator[None]:
     """Our kernels registered, and vLLM's process groups for one rank: layers cannot be built without."""
     plugin.register()
     with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{tmp_path_factory.mktemp('dist')}/store", 0, backend="gloo")
+        init_distributed_environment(
+            1, 0, f"file://{tmp_path_factory.mktemp('dist')}/store", 0, backend="gloo"
+        )
         initialize_model_parallel(1)
     yield
     cleanup_dist_env_and_memory()
@@ -57,12 +64,14 @@ def test_linear_kernel_list_is_open(monkeypatch):
     class Kernel(EmulationNvFp4LinearKernel):
         pass
 
-    monkeypatch.setattr(kernel_lists, "_POSSIBLE_NVFP4_KERNELS", {PlatformEnum.CPU: [EmulationNvFp4LinearKernel]})
+    monkeypatch.setattr(
+        kernel_lists, "_POSSIBLE_NVFP4_KERNELS", {PlatformEnum.CPU: [EmulationNvFp4LinearKernel]}
+    )
     monkeypatch.setattr(kernel_lists, "_PREFERRED_NVFP4_KERNELS", [])
     monkeypatch.setattr(kernel_lists, "_LINEAR_BACKEND_KERNEL_MAP", {})
     kernel_lists.register_linear_kernel(Kernel, PlatformEnum.CPU, "nvfp4", first=True, backend="mine")
     assert kernel_lists._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] == [Kernel, EmulationNvFp4LinearKernel]
-    assert kernel_lists._LINEAR_BACKEND_KERNEL_MAP == {"mine": {Kernel}}
+    assert {"mine": {Kernel}} == kernel_lists._LINEAR_BACKEND_KERNEL_MAP
     for use_a16 in (False, True):
         with set_current_vllm_config(VllmConfig()):
             assert type(kernel_lists.init_nvfp4_linear_kernel(use_a16=use_a16)) is Kernel
@@ -103,7 +112,9 @@ def demo_model():
     from vllm.model_executor.model_loader.utils import initialize_model
 
     demo = Path(__file__).resolve().parent.parent / "demo"
-    config = EngineArgs(model=str(demo), max_model_len=4096, max_num_batched_tokens=4096).create_engine_config()
+    config = EngineArgs(
+        model=str(demo), max_model_len=4096, max_num_batched_tokens=4096
+    ).create_engine_config()
     with set_current_vllm_config(config), mock.patch("torch.cuda.Event"):
         return initialize_model(config)
 
@@ -156,7 +167,9 @@ def test_wo_a_is_quantized(demo_model, monkeypatch):
 
     groups, width = 2, 4
     monkeypatch.setattr(
-        o_proj, "fused_inv_rope_fp8_quant", lambda o, *args, quantize, **kwargs: (o.float(), None) if not quantize else 1 / 0
+        o_proj,
+        "fused_inv_rope_fp8_quant",
+        lambda o, *args, quantize, **kwargs: (o.float(), None) if not quantize else 1 / 0,
     )
 
     class GroupedNvfp4(torch.nn.Module):

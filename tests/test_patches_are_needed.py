@@ -70,4 +70,6 @@ def test_verify_fails_without(patch, originals, tmp_path):
     tree_without(patch.name, originals, tmp_path)
     for node in patch.verify:
         run = run_tests(tmp_path, node)
-        assert run.returncode == 1, f"{node} passed (or did not run) without {patch.name}:\n{run.stdout[-2000:]}"
+        assert run.returncode == 1, (
+            f"{node} passed (or did not run) without {patch.name}:\n{run.stdout[-2000:]}"
+        )

@@ -35,7 +35,11 @@ def test_every_nvfp4_layer_is_served_by_ours(demo):
     quantized = set()
     for file in DEMO.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            quantized |= {name.removesuffix(".weight_scale") for name in tensors.keys() if name.endswith(".weight_scale")}
+            quantized |= {
+                name.removesuffix(".weight_scale")
+                for name in tensors.keys()  # noqa: SIM118: not a dict
+                if name.endswith(".weight_scale")
+            }
     fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
              "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
     expected = set()

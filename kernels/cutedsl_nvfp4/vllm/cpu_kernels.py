@@ -33,7 +33,9 @@ def _rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
+def _rotate(
+    x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False
+) -> torch.Tensor:
     """Rotate the last ROPE_DIM of x [T, ..., D] f32 by `positions` [T]; the rest passes through."""
     cos, sin = cos_sin[positions].float().chunk(2, dim=-1)  # [T, 32] each
     if inverse:
@@ -55,7 +57,9 @@ def _to_fp8_bytes(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def _store_rows(cache: torch.Tensor, slots: torch.Tensor, block_size: int, offset: int, rows: torch.Tensor) -> None:
+def _store_rows(
+    cache: torch.Tensor, slots: torch.Tensor, block_size: int, offset: int, rows: torch.Tensor
+) -> None:
     """cache [blocks, bytes]: write rows [T, W] at byte `offset` + (slot % block_size) * W of their blocks."""
     width = rows.shape[1]
     start = offset + (slots % block_size) * width
@@ -63,14 +67,18 @@ def _store_rows(cache: torch.Tensor, slots: torch.Tensor, block_size: int, offse
     cache[(slots // block_size).unsqueeze(1), columns] = rows
 
 
-def _load_rows(cache: torch.Tensor, slots: torch.Tensor, block_size: int, offset: int, width: int) -> torch.Tensor:
+def _load_rows(
+    cache: torch.Tensor, slots: torch.Tensor, block_size: int, offset: int, width: int
+) -> torch.Tensor:
     """The inverse of `_store_rows` -> uint8 [T, width]."""
     start = offset + (slots % block_size) * width
     columns = start.unsqueeze(1) + torch.arange(width)
     return cache[(slots // block_size).unsqueeze(1), columns]
 
 
-def _store_mla(cache: torch.Tensor, slots: torch.Tensor, block_size: int, nope: torch.Tensor, rope: torch.Tensor) -> None:
+def _store_mla(
+    cache: torch.Tensor, slots: torch.Tensor, block_size: int, nope: torch.Tensor, rope: torch.Tensor
+) -> None:
     """Quantize nope [T, 448] and write it with rope [T, 64] into an fp8_ds_mla cache."""
     blocks = nope.bfloat16().float().unflatten(-1, (-1, QUANT_BLOCK))
     exponent = _e8m0_exponent(blocks.abs().amax(-1))
@@ -131,9 +139,7 @@ def fused_qnorm_rope_kv_insert_cpu(
     slots = slot_mapping.long()
     valid = (slots >= 0).nonzero().squeeze(1)
     rotated = _rotate(kv[valid].float(), positions[valid], cos_sin_cache)
-    _store_mla(
-        swa_kv_cache_2d, slots[valid], cache_block_size, rotated[:, :NOPE_DIM], rotated[:, NOPE_DIM:]
-    )
+    _store_mla(swa_kv_cache_2d, slots[valid], cache_block_size, rotated[:, :NOPE_DIM], rotated[:, NOPE_DIM:])
     return F.pad(query, (0, 0, 0, q_head_padded - q.shape[1]))
 
 
@@ -238,7 +244,9 @@ def compress_norm_rope_store_indexer_cpu(
     keys = keys.bfloat16().float()
     step = torch.exp2(_e8m0_exponent(keys.abs().amax(-1, keepdim=True)))
     _store_rows(kv_cache_2d, slots, kv_cache_block_size, 0, _to_fp8_bytes(keys / step))
-    _store_rows(kv_cache_2d, slots, kv_cache_block_size, kv_cache_block_size * INDEX_DIM, step.view(torch.uint8))
+    _store_rows(
+        kv_cache_2d, slots, kv_cache_block_size, kv_cache_block_size * INDEX_DIM, step.view(torch.uint8)
+    )
 
 
 def fused_indexer_q_rope_quant_cpu(
@@ -357,20 +365,19 @@ _SCHEMAS = {
     inverse_gptj_rope_o_proj_cpu: "(Tensor o, Tensor positions, Tensor cos_sin_cache, int rope_dim) -> Tensor",
 }
 
-_library: torch.library.Library | None = None
+_libraries: list[torch.library.Library] = []  # kept alive: a collected library takes its operators with it
 
 
 def define_missing() -> list[str]:
     """Define the operators vLLM's CPU library for this processor lacks; their names. Safe to call again."""
-    global _library
     missing = [function for function in _SCHEMAS if not hasattr(torch.ops._C, function.__name__)]
     if not missing:
         return []
-    assert _library is None, f"operators vanished after they were defined: {missing}"
-    _library = torch.library.Library("_C", "FRAGMENT")
+    library = torch.library.Library("_C", "FRAGMENT")
+    _libraries.append(library)
     for function in missing:
-        _library.define(function.__name__ + _SCHEMAS[function])
-        _library.impl(function.__name__, function, "CPU")
+        library.define(function.__name__ + _SCHEMAS[function])
+        library.impl(function.__name__, function, "CPU")
     names = [function.__name__ for function in missing]
     logger.warning_once(
         "vLLM's CPU library for this processor has no DeepSeek-V4 operators (it needs AVX512-BF16); "

@@ -51,6 +51,4 @@ class KernelReportEndpoint:
         for row in report["layers"]:
             if not row["ours"]:
                 logger.warning("%s is served by %s: %s", row["name"], row["kernel"], row["reason"])
-        logger.info(
-            "NVFP4 layers by kernel: %s; activations: %s", report["summary"], report["activations"]
-        )
+        logger.info("NVFP4 layers by kernel: %s; activations: %s", report["summary"], report["activations"])

@@ -51,7 +51,7 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         return mk.FusedMoEActivationFormat.Standard
 
     @staticmethod
-    def is_supported_config(
+    def is_supported_config(  # noqa: PLW0211: vLLM's signature
         cls: type[mk.FusedMoEExperts],
         moe_config: FusedMoEConfig,
         weight_key: QuantKey | None,

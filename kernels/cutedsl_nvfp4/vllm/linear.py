@@ -85,7 +85,9 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
                 settings.activation_scale(), {INPUT: input_scale}, name
             )
             if layer.act_scales.policy is not settings.ActivationScale.DYNAMIC:
-                if layer.act_scales.policy is settings.ActivationScale.WARMUP:  # not read before it is measured
+                if (
+                    layer.act_scales.policy is settings.ActivationScale.WARMUP
+                ):  # not read before it is measured
                     input_scale = torch.ones(1, device=layer.weight.device)
                 layer.act_scale = Parameter(input_scale.float().reshape(1), requires_grad=False)
         # Merged scales that nothing may read from here on.

@@ -46,9 +46,7 @@ def register() -> None:
 
     for platform in (PlatformEnum.CUDA, PlatformEnum.CPU):
         if CuTeDSLNvFp4LinearKernel not in _POSSIBLE_NVFP4_KERNELS.get(platform, []):
-            register_linear_kernel(
-                CuTeDSLNvFp4LinearKernel, platform, "nvfp4", first=True, backend=BACKEND
-            )
+            register_linear_kernel(CuTeDSLNvFp4LinearKernel, platform, "nvfp4", first=True, backend=BACKEND)
     setattr(WorkerBase, REPORT_METHOD, worker_report)
     if current_platform.is_cpu():
         current_platform.import_kernels()

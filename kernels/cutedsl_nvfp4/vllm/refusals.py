@@ -13,7 +13,9 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str) -> None:
             "merge the adapter before quantizing"
         )
     if vllm_config.parallel_config.enable_eplb:
-        reasons.append("--enable-eplb: moving prepared experts between ranks has not been tested; leave it off")
+        reasons.append(
+            "--enable-eplb: moving prepared experts between ranks has not been tested; leave it off"
+        )
     if vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode:
         reasons.append("--enable-sleep-mode: waking up prepared operands has not been tested; leave it off")
     if vllm_config.speculative_config is not None:

@@ -18,7 +18,10 @@ def _row(name: str, kind: str, kernel: type, ours: bool, found: support.Support)
         implementation, reason = found.implementation, None
     elif kernel is DequantizedGroupedLinearKernel:
         implementation = "bf16, dequantized at load"
-        reason = found.reason or "another --linear-backend was requested, and none multiplies a block-diagonal weight"
+        reason = (
+            found.reason
+            or "another --linear-backend was requested, and none multiplies a block-diagonal weight"
+        )
     else:
         implementation = kernel.__module__
         reason = found.reason or "another backend was requested, by name or by VLLM_BATCH_INVARIANT"

@@ -66,7 +66,9 @@ def _prefill(worker) -> None:
     """Run one request's prefill of TEXT through `worker`, then forget the request."""
     config = worker.vllm_config
     token_ids = cached_tokenizer_from_config(config.model_config).encode(TEXT)
-    limit = min(MAX_TOKENS, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - 1)
+    limit = min(
+        MAX_TOKENS, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - 1
+    )
     token_ids = token_ids[:limit]
     block_ids, next_block = [], 1  # block 0 is vLLM's null block
     for group in worker.model_runner.kv_cache_config.kv_cache_groups:
