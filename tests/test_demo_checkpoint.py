@@ -60,7 +60,7 @@ def test_every_linear_is_valid_nvfp4(tensors):
         assert block_scales.float().amax() == nvfp4.E4M3_MAX, (
             f"{linear}: global scale is not amax / (6 * 448)"
         )
-        assert codes.unique().numel() == 16 or half_k * rows < 4096, f"{linear}: some codes never occur"
+        assert nvfp4.unpack_codes(codes).unique().numel() == 16, f"{linear}: some codes never occur"
         for scale in ("weight_scale_2", "input_scale"):
             value = tensors[f"{linear}.{scale}"]
             assert value.dtype == torch.float32 and value.dim() == 0, f"{linear}.{scale}"

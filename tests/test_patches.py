@@ -268,3 +268,25 @@ def test_reload_is_refused_before_anything_is_lost(fused_layer):
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(after[name] is before[name] for name in before)
+
+
+def test_weight_coverage_is_checked_before_loading(demo_model, monkeypatch):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    checked = []
+    monkeypatch.setattr(
+        "cutedsl_nvfp4.vllm.coverage.check_weight_coverage",
+        lambda model, files: checked.append((model, files)),
+    )
+    monkeypatch.setattr(
+        type(demo_model), "load_weights", lambda self, weights: len(checked) or pytest.fail("too late")
+    )
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    config = SimpleNamespace(model=str(demo), revision=None, quantization="modelopt_fp4")
+    loader = DefaultModelLoader(LoadConfig())
+    monkeypatch.setattr(loader, "_init_ep_weight_filter", lambda config: None)
+    monkeypatch.setattr(loader, "_init_mm_encoder_only_weight_filter", lambda model, config: None)
+    loader.counter_before_loading_weights = 0.0
+    loader.load_weights(demo_model, config)
+    assert checked == [(demo_model, [str(demo / "model.safetensors")])]

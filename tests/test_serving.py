@@ -37,7 +37,7 @@ def test_every_nvfp4_layer_is_served_by_ours(demo):
         with safe_open(file, "pt") as tensors:
             quantized |= {
                 name.removesuffix(".weight_scale")
-                for name in tensors.keys()  # noqa: SIM118: not a dict
+                for name in tensors.keys()  # not a dict  # noqa: SIM118
                 if name.endswith(".weight_scale")
             }
     fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",

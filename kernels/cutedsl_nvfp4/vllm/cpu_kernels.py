@@ -144,12 +144,15 @@ def fused_qnorm_rope_kv_insert_cpu(
 
 
 def _attend(q, keys, index, valid, sink, scale):
-    """q [t, H, 512] f32 over keys [U, 512] selected by index, valid [t, S], with a sink logit per head."""
+    """q [t, H, 512] f32 over keys [U, 512] selected by index, valid [t, S], with a sink logit per head.
+
+    A token without keys gives zero, even where the sink is -inf.
+    """
     scores = torch.einsum("thd,ud->thu", q, keys) * scale
     picked = index.unsqueeze(1).expand(-1, q.shape[1], -1)
     scores = scores.gather(2, picked).masked_fill(~valid.unsqueeze(1), float("-inf"))
     with_sink = torch.cat((scores, sink.view(1, -1, 1).expand(q.shape[0], -1, 1)), dim=-1)
-    weights = torch.softmax(with_sink, dim=-1)[..., :-1]
+    weights = torch.softmax(with_sink, dim=-1)[..., :-1].masked_fill(~valid.unsqueeze(1), 0.0)
     dense = torch.zeros(*q.shape[:2], keys.shape[0]).scatter_add_(2, picked, weights)
     return torch.einsum("thu,ud->thd", dense, keys)
 
@@ -167,13 +170,18 @@ def flash_mla_with_kvcache_cpu(
             (window_cache_2d, window_slots[rows], window_block_size),
             (compressed_cache_2d, compressed_slots[rows], compressed_block_size),
         ):
-            if slots.shape[1] == 0:
+            valid = slots >= 0
+            used = torch.unique(slots[valid])
+            if used.numel() == 0:
                 continue
-            unique, inverse = torch.unique(slots.clamp(min=0), return_inverse=True)
-            keys.append(_load_mla(cache, unique, block_size))
-            indices.append(inverse + offset)
-            valids.append(slots >= 0)
-            offset += unique.numel()
+            # Only what a token chose is read: weight 0 times the NaN of an unwritten slot would be NaN.
+            keys.append(_load_mla(cache, used, block_size))
+            indices.append(torch.searchsorted(used, slots) + offset)
+            valids.append(valid)
+            offset += used.numel()
+        if not keys:
+            out[rows] = 0
+            continue
         out[rows] = _attend(
             q[rows].float(), torch.cat(keys), torch.cat(indices, 1), torch.cat(valids, 1), sink, scale
         ).to(out.dtype)
@@ -254,7 +262,8 @@ def fused_indexer_q_rope_quant_cpu(
     index_weights_head_scale, index_weights_out,
 ):  # fmt: skip
     """index_q [T, H, 128] -> rotated e4m3, its scale folded into the head weights [T, H]."""
-    rotated = _rotate(index_q.float(), positions, index_q_cos_sin_cache).bfloat16().float()
+    rotated = _rotate(index_q.float(), positions, index_q_cos_sin_cache)
+    rotated[..., -ROPE_DIM:] = rotated[..., -ROPE_DIM:].bfloat16().float()
     step = torch.exp2(_e8m0_exponent(rotated.abs().amax(-1, keepdim=True)))
     index_q_fp8.copy_(_to_fp8_bytes(rotated / step).view(torch.float8_e4m3fn))
     folded = index_weights_softmax_scale * index_weights_head_scale
@@ -285,11 +294,12 @@ def fp8_paged_mqa_logits_cpu(q_fp8, kvcache_fp8, weight, seq_lens, page_table, b
 
 
 def topk_transform_512_cpu(scores, seq_lens, page_tables, out_page_indices, page_size, out_raw_indices):
-    """Positions of the 512 largest scores of each row (all of them in a shorter row), -1 where there are fewer."""
+    """Positions of the 512 largest of each row's first seq_lens scores, -1 where there are fewer; in any order."""
     width = out_page_indices.shape[1]
     count = min(width, scores.shape[1])
     chosen = torch.full((scores.shape[0], width), -1, dtype=torch.int64)
-    values, index = scores.topk(count, dim=-1)
+    beyond = torch.arange(scores.shape[1]) >= seq_lens.reshape(-1, 1)
+    values, index = scores.masked_fill(beyond, float("-inf")).topk(count, dim=-1)
     chosen[:, :count] = torch.where(values == float("-inf"), -1, index)
     page = page_tables.gather(1, chosen.clamp(min=0) // page_size).long()
     slots = page * page_size + chosen.clamp(min=0) % page_size

@@ -51,8 +51,8 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         return mk.FusedMoEActivationFormat.Standard
 
     @staticmethod
-    def is_supported_config(  # noqa: PLW0211: vLLM's signature
-        cls: type[mk.FusedMoEExperts],
+    def is_supported_config(
+        cls: type[mk.FusedMoEExperts],  # noqa: PLW0211
         moe_config: FusedMoEConfig,
         weight_key: QuantKey | None,
         activation_key: QuantKey | None,
