@@ -1,37 +1,74 @@
-"""Compile a CuTe DSL kernel once per configuration, with or without a GPU, for a call that costs microseconds.
+"""Compiled kernels by name: from a library made ahead of time, else compiled once, now.
 
 Kernels are compiled against symbolic shapes, so one object serves every M, N and K of its configuration,
-and through TVM FFI: the compiled function takes torch tensors, runs on torch's current stream and spends
-no time in Python. Compiling needs no GPU: the architecture is named, never detected.
+and through TVM FFI: the compiled function takes torch tensors, runs on torch's current stream and spends no
+time in Python. Compiling needs no GPU: the architecture is named, never detected.
+
+    CUTEDSL_NVFP4_KERNELS      folder with <name>.so made by `export`
+    CUTEDSL_NVFP4_FORBID_JIT   1: a kernel that is not there is an error, not a compilation
 """
 
+import ctypes
 import os
+import pathlib
+import subprocess
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
+KERNELS = "CUTEDSL_NVFP4_KERNELS"
 FORBID_JIT = "CUTEDSL_NVFP4_FORBID_JIT"
 
 _lock = threading.Lock()
-_cache: dict[Hashable, Callable] = {}
+_functions: dict[str, Callable] = {}
+_libraries: list = []  # an unloaded library takes its functions with it
 
 
-def compiled(key: Hashable, build: Callable[[], Callable]) -> Callable:
-    """The compiled kernel for `key`; `build()` compiles it the first time it is asked for.
+def compiled(name: str, build: Callable[[], Callable]) -> Callable:
+    """The kernel called `name`; `build()` compiles it the first time it is asked for.
 
-    Raises RuntimeError where compiling is forbidden (CUTEDSL_NVFP4_FORBID_JIT=1) and `key` is missing.
+    Raises RuntimeError where compiling is forbidden and no library holds the kernel.
     """
-    found = _cache.get(key)
+    found = _functions.get(name)
     if found is None:
         with _lock:
-            found = _cache.get(key)
+            found = _functions.get(name)
             if found is None:
-                if os.environ.get(FORBID_JIT) == "1":
-                    raise RuntimeError(
-                        f"no compiled kernel for {key} and {FORBID_JIT}=1 forbids compiling one now; "
-                        f"compile it ahead of time, or unset {FORBID_JIT}"
-                    )
-                found = _cache[key] = build()
+                found = _functions[name] = _load(name) or _build(name, build)
     return found
+
+
+def _load(name: str) -> Callable | None:
+    folder = os.environ.get(KERNELS)
+    path = pathlib.Path(folder) / f"{name}.so" if folder else None
+    if path is None or not path.exists():
+        return None
+    _load_runtime()
+    import tvm_ffi
+
+    library = tvm_ffi.load_module(str(path))
+    _libraries.append(library)
+    return library[name]
+
+
+def _load_runtime() -> None:
+    """Make CuTe DSL's runtime library, which exported kernels call, known to the linker."""
+    name = "libcute_dsl_runtime.so"
+    try:
+        ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
+    except OSError:  # not on the library path: it comes with the nvidia-cutlass-dsl package
+        from cutlass.cute.runtime import find_runtime_libraries
+
+        (path,) = [p for p in find_runtime_libraries(enable_tvm_ffi=False) if p.endswith(name)]
+        ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+
+
+def _build(name: str, build: Callable[[], Callable]) -> Callable:
+    if os.environ.get(FORBID_JIT) == "1":
+        raise RuntimeError(
+            f"no compiled kernel {name} in {KERNELS}={os.environ.get(KERNELS)!r}, and {FORBID_JIT}=1 forbids "
+            f"compiling one now; compile it ahead of time, or unset {FORBID_JIT}"
+        )
+    return build()
 
 
 def compile_kernel(kernel: Callable, *arguments, arch: str, options: str = "") -> Callable:
@@ -39,3 +76,16 @@ def compile_kernel(kernel: Callable, *arguments, arch: str, options: str = "") -
     import cutlass.cute as cute
 
     return cute.compile(kernel, *arguments, options=f"--gpu-arch {arch} --enable-tvm-ffi {options}".strip())
+
+
+def export(function: Callable, name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Write a kernel from `compile_kernel` as <folder>/<name>.so; the C compiler links it -> its path."""
+    from cutlass.cute.runtime import find_runtime_libraries
+
+    folder.mkdir(parents=True, exist_ok=True)
+    object_file, library = folder / f"{name}.o", folder / f"{name}.so"
+    function.export_to_c(object_file_path=str(object_file), function_name=name)
+    runtime = find_runtime_libraries(enable_tvm_ffi=True)
+    subprocess.run(["cc", "-shared", "-o", str(library), str(object_file), *runtime], check=True)
+    object_file.unlink()
+    return library

@@ -3,7 +3,9 @@
 Plain data: imports neither torch nor CuTe DSL, so tests, bench and ahead-of-time compilation share it.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cache
 
 PANEL_ROWS = 64  # weight rows a packed panel holds (sm90/layout.py)
 BLOCK_K = 64
@@ -47,6 +49,10 @@ class Narrow:
     def threads(self) -> int:
         return 128 * self.k_warps + 32
 
+    def fits_groups(self, panels_per_group: int, groups: int) -> bool:
+        """One panel lies in one group."""
+        return True
+
     def check(self) -> None:
         """Raise ValueError for a configuration the kernel cannot run."""
         if self.tokens not in (8, 16, 24, 32):
@@ -88,7 +94,7 @@ class Wide:
         if self.split_k > 1:
             slices = -(-self.tokens // 8 // self.split_k)
             return self.split_k * slices * self.panels * 128 * 16
-        return 2 * self.output_tokens * (self.rows + 8) * 2
+        return 2 * self.panels * self.output_tokens * (PANEL_ROWS + 8) * 2
 
     @property
     def shared_memory(self) -> int:
@@ -96,7 +102,17 @@ class Wide:
 
     @property
     def threads(self) -> int:
-        return 128 * self.panels + 32
+        """One warpgroup a panel and a producer: a warp, or a warpgroup where registers have to be moved."""
+        return 128 * self.panels + (32 if self.panels == 1 else 128)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a consumer thread gets when the producer warpgroup gives up its share."""
+        return {1: 240, 2: 104}[self.ctas_per_sm]  # multiples of 8 within 512 per lane of a scheduler
+
+    def fits_groups(self, panels_per_group: int, groups: int) -> bool:
+        """Whether CTAs that share tokens stay within one group of a block-diagonal weight."""
+        return groups == 1 or panels_per_group % (self.panels * self.multicast) == 0
 
     def check(self) -> None:
         """Raise ValueError for a configuration the kernel cannot run."""
@@ -106,6 +122,8 @@ class Wide:
             raise ValueError(f"{self}: tokens must be 16 or a multiple of 32 up to 256")
         if self.split_k > 1 and (self.persistent or self.multicast > 1):
             raise ValueError(f"{self}: split_k shares neither a cluster nor a persistent grid")
+        if self.ctas_per_sm not in (1, 2):
+            raise ValueError(f"{self}: ctas_per_sm must be 1 or 2")
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
             raise ValueError(f"{self}: multicast must be 1 or 2")
         _check_shared(self)
@@ -119,13 +137,62 @@ def _check_shared(config: Config) -> None:
         raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
     if config.stages < 2:
         raise ValueError(f"{config}: a pipeline needs at least 2 stages")
-    per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (getattr(config, "ctas_per_sm", 1) > 1)
+    per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (
+        getattr(config, "ctas_per_sm", 1) > 1
+    )
     if config.shared_memory > per_cta:
-        raise ValueError(f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there")
+        raise ValueError(
+            f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there"
+        )
 
 
 def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool) -> Config:
-    """The measured configuration for out [m, n] with inner dimension k."""
-    if m <= 8:
-        return Narrow(tokens=8)
-    return Wide(tokens=64)
+    """The configuration for out [m, n] with inner dimension k.
+
+    Measured problems take what was fastest; others the rule of the nearest measured one (by ratio of n and
+    of k). With `batch_invariant` the split of K depends on n and k alone and only the tokens of a tile on
+    m: a row's sums are then the same whatever the batch.
+    """
+    if batch_invariant:
+        return _invariant(n, k, m)
+    return _measured(n, k, groups, min(m, 1 << 13))
+
+
+@cache
+def _measured(n: int, k: int, groups: int, m: int) -> Config:
+    from .measured import CONFIGS, TABLE
+
+    panels_per_group = -(-n // PANEL_ROWS) // groups
+
+    def distance(problem: tuple[int, int, int]) -> tuple[float, bool]:
+        ratio = abs(math.log(problem[0] / n)) + abs(math.log(problem[1] / k))
+        return ratio, (problem[2] > 1) != (groups > 1)
+
+    rules = TABLE[min(TABLE, key=distance)]
+    following = next((i for i, rule in enumerate(rules) if rule[0] >= m), len(rules) - 1)
+    config = CONFIGS[rules[following][1]]
+    if config.fits_groups(panels_per_group, groups):
+        return config
+    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1)
+
+
+def _invariant(n: int, k: int, m: int) -> Wide:
+    panels = -(-n // PANEL_ROWS)
+    split = 1
+    while split < MAX_CLUSTER and panels * split < 96 and k // split > 1024:
+        split *= 2
+    tokens, stages = (16, 4) if m <= 16 else (64, 4) if m <= 512 else (128, 3)
+    return Wide(1, tokens, 2, stages, split)
+
+
+def shipped() -> list[Config]:
+    """Every configuration `choose` can return, for ahead-of-time compilation."""
+    from .measured import CONFIGS
+
+    invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
+    ungrouped = [
+        replace(c, panels=1, multicast=1, stages=min(c.stages, 4), ctas_per_sm=1)
+        for c in CONFIGS
+        if isinstance(c, Wide) and c.panels * c.multicast > 1
+    ]
+    return list(dict.fromkeys([*CONFIGS, *invariant, *ungrouped]))

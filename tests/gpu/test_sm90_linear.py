@@ -111,7 +111,7 @@ def test_results_and_bias(config, out_dtype, bias):
 def test_groups(config):
     """Block-diagonal wo_a: a group's rows see only the group's tokens, also where K is no multiple of 64."""
     for k in (4096, 336):
-        problem = Problem(512, k, groups=4, seed=6)
+        problem = Problem(1024, k, groups=4, seed=6)
         for m in (4, 100):
             x = problem.tokens(m)
             check(problem.run(x, config=config), problem.exact(x))
@@ -139,7 +139,9 @@ def test_no_tokens(out_dtype):
 def test_strided_and_unaligned_tokens():
     problem = Problem(128, 256, seed=8)
     wide = problem.tokens(40).repeat(1, 3)
-    for x in (wide[:, 256:512], wide.flatten()[3 : 3 + 40 * 256].view(40, 256), wide[::2, :256]):
+    one = torch.randn(256, 1, device="cuda").to(torch.bfloat16).t()  # M = 1 with strides (1, 1)
+    unaligned = wide.flatten()[3 : 3 + 40 * 256].view(40, 256)
+    for x in (wide[:, 256:512], unaligned, wide[::2, :256], wide[:1, :256].expand(5, -1), one):
         for config in (NARROW[1], WIDE[0]):
             check(problem.run(x, config=config), problem.exact(x))
 

@@ -65,7 +65,9 @@ def load_matrices(address: Int32, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def store_matrices_transposed(address: Int32, a: Uint32, b: Uint32, c: Uint32, d: Uint32, *, loc=None, ip=None):
+def store_matrices_transposed(
+    address: Int32, a: Uint32, b: Uint32, c: Uint32, d: Uint32, *, loc=None, ip=None
+):
     """stmatrix.x4.trans: the inverse lane mapping of `load_matrices`, each matrix transposed."""
     operands = [v.ir_value(loc=loc, ip=ip) for v in (address, a, b, c, d)]
     text = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};"
@@ -134,7 +136,13 @@ def load_words(address: Int32, count: int, *, loc=None, ip=None):
     text = f"ld.shared.v{count}.b32 {{{registers}}}, [${count}];"
     constraints = ",".join(["=r"] * count + ["r", "~{memory}"])
     struct = _asm(
-        llvm.StructType.get_literal(types), [address.ir_value(loc=loc, ip=ip)], text, constraints, loc, ip, volatile=True
+        llvm.StructType.get_literal(types),
+        [address.ir_value(loc=loc, ip=ip)],
+        text,
+        constraints,
+        loc,
+        ip,
+        volatile=True,
     )
     return _fields(struct, types, Uint32, loc, ip)
 
@@ -161,14 +169,17 @@ def tokens_view(mX: cute.Tensor, k: Int32):
 
 def block_view(packed: cute.Tensor, words: int):
     """[P, KB, words] -> (words, KB, P), the order of TMA's dimensions."""
-    layout = cute.make_layout(
-        (words, packed.shape[1], packed.shape[0]), stride=(1, words, packed.stride[0])
-    )
+    layout = cute.make_layout((words, packed.shape[1], packed.shape[0]), stride=(1, words, packed.stride[0]))
     return cute.make_tensor(packed.iterator, layout)
 
 
 def partition_loads(
-    atom: cute.CopyAtom, shared: cute.Tensor, tiles: cute.Tensor, modes: int, member: int = 0, members: int = 1
+    atom: cute.CopyAtom,
+    shared: cute.Tensor,
+    tiles: cute.Tensor,
+    modes: int,
+    member: int = 0,
+    members: int = 1,
 ):
     """(shared by stage, global by tile) views of one TMA load whose box is the first `modes` modes."""
     return cpasync.tma_partition(

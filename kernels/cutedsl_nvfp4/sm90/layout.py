@@ -95,7 +95,9 @@ def unpack_linear(
     e4m3_of_byte = torch.zeros(256, dtype=torch.uint8)
     e4m3_of_byte[_SCALE_BYTES[:127].long()] = torch.arange(127, dtype=torch.uint8)
     unrotated = _as_int32(rotate_right(scales.to(torch.int64) & 0xFFFFFFFF, SCALE_ROTATION) & 0xFFFFFFFF)
-    packed = unrotated.view(torch.uint8).view(*batch, panels, blocks, 4, 8, 2, 2, 2)  # [w][r][j // 2][h][j % 2]
+    packed = unrotated.view(torch.uint8).view(
+        *batch, panels, blocks, 4, 8, 2, 2, 2
+    )  # [w][r][j // 2][h][j % 2]
     order = (*range(b), b, b + 2, b + 5, b + 3, b + 1, b + 4, b + 6)
     packed = packed.permute(order).reshape(*batch, panels * PANEL_ROWS, blocks * BLOCK_K // 16)
     block_scales = e4m3_of_byte.to(codes.device)[packed.int()][..., :n, : k // 16]

@@ -3,60 +3,23 @@
 out[m, n] = row_scale[n] * sum_k x[m, g * K + k] * w[n, k] + bias[n],  g = n // (N / groups)
 """
 
-from collections.abc import Callable
 from functools import cache
 
-import cutlass
-import cutlass.cute as cute
 import torch
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
-from ..compiled import compile_kernel, compiled
-from ..tiles import PANEL_ROWS, Config, Narrow, Wide, choose
+from ..compiled import compiled
+from ..tiles import PANEL_ROWS, Config, Narrow, choose
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
-from .narrow import NarrowLinear
-from .wide import WideLinear
 
-ARCH = "sm_90a"
-TOKEN_GROUP_ROWS = 2048  # tokens whose tiles run next to each other: they fit in L2 for every K in use
-_CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
-
-
-def compile_linear(
-    config: Config,
-    out_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-    aligned_rows: bool = True,
-    options: str = "",
-) -> Callable:
-    """Compile one configuration for sm_90a; needs no GPU.
-
-    The result is called as f(x, codes, scales, row_scale, bias, out, k, panels per group, SCALE_BIAS), for
-    Wide followed by (token tiles per group, most CTAs). Without a bias any f32 [N] tensor stands in for it.
-    """
-    m, n, k_all, panels, blocks = (cute.sym_int() for _ in range(5))
-    x = make_fake_tensor(cutlass.BFloat16, (m, k_all), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
-    codes = make_fake_compact_tensor(
-        cutlass.Int64, (panels, blocks, CODE_WORDS), stride_order=(2, 1, 0), assumed_align=16
-    )
-    scales = make_fake_compact_tensor(
-        cutlass.Int32, (panels, blocks, SCALE_WORDS), stride_order=(2, 1, 0), assumed_align=16
-    )
-    row_scale = make_fake_compact_tensor(cutlass.Float32, (n,), assumed_align=4)
-    bias = make_fake_compact_tensor(_CUTE_TYPE[bias_dtype or torch.float32], (n,), assumed_align=2)
-    out = make_fake_compact_tensor(_CUTE_TYPE[out_dtype], (m, n), stride_order=(1, 0), assumed_align=16)
-    stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    if isinstance(config, Narrow):
-        kernel, numbers = NarrowLinear(config, bias_dtype is not None), 3
-    else:
-        kernel, numbers = WideLinear(config, bias_dtype is not None, aligned_rows), 5
-    arguments = (x, codes, scales, row_scale, bias, out, *(cutlass.Int32(1),) * numbers, stream)
-    return compile_kernel(kernel, *arguments, arch=ARCH, options=options)
+TOKEN_GROUP = 2048  # tokens whose tiles run next to each other: they fit in L2 for every K in use
+TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32", None: "none"}
 
 
 def _check(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) -> None:
     panels, blocks = packed_shape(n, k)
+    if x.device.type != "cuda" or codes.device != x.device:
+        raise ValueError(f"x and codes must be on one CUDA device, got {x.device} and {codes.device}")
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != groups * k:
         raise ValueError(f"x must be bf16 [M, {groups} * {k}], got {x.dtype} {tuple(x.shape)}")
     if codes.dtype != torch.int64 or codes.shape != (panels, blocks, CODE_WORDS):
@@ -71,9 +34,9 @@ def _check(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) -> None:
         )
     if row_scale.dtype != torch.float32 or row_scale.shape != (n,):
         raise ValueError(f"row_scale must be f32 [{n}], got {row_scale.dtype} {tuple(row_scale.shape)}")
-    if bias is not None and (bias.dtype not in _CUTE_TYPE or bias.shape != (n,)):
+    if bias is not None and (bias.dtype not in TYPE_NAMES or bias.shape != (n,)):
         raise ValueError(f"bias must be f32 or bf16 [{n}], got {bias.dtype} {tuple(bias.shape)}")
-    if out_dtype not in _CUTE_TYPE:
+    if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out_dtype must be torch.bfloat16 or torch.float32, got {out_dtype}")
     if groups > 1 and (n % groups or n // groups % PANEL_ROWS):
         raise ValueError(
@@ -113,20 +76,40 @@ def run(
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     if m == 0:
         return out
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # what TMA can address
     panels_per_group = codes.shape[0] // groups
     if config is None:
         config = choose(n, k, m, groups, batch_invariant)
-    aligned = n * out.element_size() % 16 == 0
     bias_dtype = None if bias is None else bias.dtype
-    key = ("sm90_linear", config, out_dtype, bias_dtype, aligned or isinstance(config, Narrow))
-    kernel = compiled(key, lambda: compile_linear(config, out_dtype, bias_dtype, key[-1]))
+    aligned_rows = n * out.element_size() % 16 == 0
+    kernel = compiled(
+        kernel_name(config, out_dtype, bias_dtype, aligned_rows),
+        lambda: _compile(config, out_dtype, bias_dtype, aligned_rows),
+    )
     numbers = (k, panels_per_group, SCALE_BIAS)
-    if isinstance(config, Wide):
-        if panels_per_group % config.panels and groups > 1:
-            raise ValueError(f"{config} takes {config.panels} panels a tile, a group has {panels_per_group}")
-        token_group = max(1, TOKEN_GROUP_ROWS // config.tokens)
-        numbers += (token_group, _sm_count(x.device) * config.ctas_per_sm)
+    if not isinstance(config, Narrow):
+        if not config.fits_groups(panels_per_group, groups):
+            raise ValueError(f"{config} would mix groups: a group has {panels_per_group} panels")
+        numbers += (max(1, TOKEN_GROUP // config.tokens), _sm_count(x.device) * config.ctas_per_sm)
     kernel(x, codes, scales, row_scale, row_scale if bias is None else bias, out, *numbers)
     return out
+
+
+@cache
+def kernel_name(
+    config: Config, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, aligned_rows: bool
+) -> str:
+    """The name a compiled configuration has in `compiled` and in the ahead-of-time library."""
+    kind = "narrow" if isinstance(config, Narrow) else "wide"
+    rows = "" if aligned_rows or kind == "narrow" else "_ragged"
+    numbers = "_".join(str(int(value)) for value in vars(config).values())
+    return (
+        f"nvfp4_linear_sm90_{kind}_{numbers}_out_{TYPE_NAMES[out_dtype]}_bias_{TYPE_NAMES[bias_dtype]}{rows}"
+    )
+
+
+def _compile(config: Config, out_dtype: torch.dtype, bias_dtype: torch.dtype | None, aligned_rows: bool):
+    from .compile import compile_linear  # needs CuTe DSL, which ahead-of-time kernels do not
+
+    return compile_linear(config, out_dtype, bias_dtype, aligned_rows)

@@ -1,7 +1,9 @@
 """NVFP4 W4A16 linear for few tokens on Hopper: out[m, n] = row_scale[n] * sum_k x[m, k] w[n, k] + bias[n].
 
-Weights are the row operand of mma.sync m16n8k16, decoded in registers; tokens are its 8 columns. Below
-about 16 tokens this beats wgmma: no descriptors, fences or waits, 18 instructions a k16 step instead of 26.
+Weights are the row operand of mma.sync m16n8k16, decoded in registers; tokens are its 8 columns. For few
+tokens this beats wgmma on most shapes: no descriptors, fences or waits, 20 instructions a k16 step.
+
+Measured on an H200: 65536 x 1536 at M = 1 in 19.0 us, 3.0 TB/s of weights; quack 28.1 us, Humming 30.4 us.
 
     operand    shape                dtype      layout
     x          [M, groups * K]      bf16       row-major
@@ -86,10 +88,16 @@ class NarrowLinear:
             load, tokens_view(mX, k), cute.slice_(x_layout, stage_of), (tokens, stage_blocks * BLOCK_K)
         )
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, block_view(mCodes, CODE_WORDS), cute.slice_(code_layout, stage_of), (CODE_WORDS, stage_blocks)
+            load,
+            block_view(mCodes, CODE_WORDS),
+            cute.slice_(code_layout, stage_of),
+            (CODE_WORDS, stage_blocks),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load, block_view(mScales, SCALE_WORDS), cute.slice_(scale_layout, stage_of), (SCALE_WORDS, stage_blocks)
+            load,
+            block_view(mScales, SCALE_WORDS),
+            cute.slice_(scale_layout, stage_of),
+            (SCALE_WORDS, stage_blocks),
         )
 
         @cute.struct
@@ -147,6 +155,7 @@ class NarrowLinear:
         c = self.config
         tokens, stages = c.tokens, c.stages
         consumer_warps = 4 * c.k_warps
+        cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, token_tile, _ = cute.arch.block_idx()
@@ -173,7 +182,6 @@ class NarrowLinear:
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()
 
         steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
         first = rank * steps_total // c.split_k
@@ -193,7 +201,9 @@ class NarrowLinear:
                     with cute.arch.elect_one():
                         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
                     cute.copy(code_atom, tCg[None, first + stage], tCs[None, stage], tma_bar_ptr=full + stage)
-                    cute.copy(scale_atom, tSg[None, first + stage], tSs[None, stage], tma_bar_ptr=full + stage)
+                    cute.copy(
+                        scale_atom, tSg[None, first + stage], tSs[None, stage], tma_bar_ptr=full + stage
+                    )
             cute.arch.griddepcontrol_wait()
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:

@@ -11,9 +11,11 @@ operand in shared memory. One m64nNk16 wgmma consumes one NVFP4 group, so a weig
     bias       [N]                  f32, bf16  optional
     out        [M, N]               bf16, f32  row-major
 
+Measured on an H200: 731 TFLOP/s at 7168 x 16384, M = 2048, where a large cuBLAS bf16 product ran at 720 to
+794 in the same hours. Main loop: 22 to 24 instructions a wgmma up to 128 tokens, 31 at 256.
+
 Roles per CTA (`panels` x 64 rows by `tokens`)
-    warpgroup p     rows of panel p: loads its codes, decodes four k16 steps, issues four wgmmas that run
-                    while it decodes the next four
+    warpgroup p     rows of panel p: decodes half a stage of weights while the wgmmas of the other half run
     producer warp   the last warp; keeps `stages` TMA loads in flight, the first weights before the
                     previous kernel has finished
 Pipelines
@@ -54,6 +56,7 @@ from .fragments import (
 from .layout import CODE_WORDS, SCALE_WORDS
 
 STEPS = BLOCK_K // 16
+PRODUCER_REGISTERS = 24
 SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
 
 
@@ -84,7 +87,7 @@ class WideLinear:
     ):
         c = self.config
         tokens, stages, stage_k = c.tokens, c.stages, c.blocks * BLOCK_K
-        panels, blocks = mCodes.shape[0], mCodes.shape[1]
+        panels = mCodes.shape[0]
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
         x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
         code_layout = cute.make_layout((CODE_WORDS, c.blocks, c.panels, stages))
@@ -159,6 +162,7 @@ class WideLinear:
         ).launch(
             grid=(ctas, 1, 1),
             block=(c.threads, 1, 1),
+            preferred_smem_carveout=100,
             cluster=(c.split_k * c.multicast, 1, 1),
             min_blocks_per_mp=c.ctas_per_sm,
             stream=stream,
@@ -191,6 +195,7 @@ class WideLinear:
         stages, stage_k = c.stages, c.blocks * BLOCK_K
         consumer_warps = 4 * c.panels
         cluster = c.split_k * c.multicast
+        cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
@@ -215,78 +220,102 @@ class WideLinear:
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
-        cute.arch.griddepcontrol_launch_dependents()
 
-        # K in pairs of blocks: consumers keep two blocks of decoded weights.
-        block_pairs = cute.ceil_div(tCodes.shape[1], 2)
-        first_pair = Int32(0)
-        pairs = block_pairs
+        first = Int32(0)
+        count = cute.ceil_div(tCodes.shape[1], c.blocks)
         if cutlass.const_expr(c.split_k > 1):
-            first_pair = rank * block_pairs // c.split_k
-            pairs = (rank + 1) * block_pairs // c.split_k - first_pair
-        stages_per_pair = 2 // c.blocks
-        first = first_pair * stages_per_pair
-        count = pairs * stages_per_pair
+            steps_total = count
+            first = rank * steps_total // c.split_k
+            count = (rank + 1) * steps_total // c.split_k - first
         tiles = token_tiles * row_tiles
 
-        if warp == consumer_warps:
-            gX = cute.local_tile(tX, (c.tokens, stage_k), (None, None, None))
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None))
-            member = rank if c.multicast > 1 else 0
-            tXs, tXg = partition_loads(x_atom, sX, gX, 2, member, c.multicast)
-            tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
-            tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
+        if warp >= consumer_warps:
+            if cutlass.const_expr(c.panels > 1):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == consumer_warps:
+                gX = cute.local_tile(tX, (c.tokens, stage_k), (None, None, None))
+                gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None))
+                gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None))
+                member = rank if c.multicast > 1 else 0
+                tXs, tXg = partition_loads(x_atom, sX, gX, 2, member, c.multicast)
+                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
+                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
 
-            # Weights first, then tokens once the previous kernel's results are visible.
-            token_tile, row_tile = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
-            group = row_tile * c.panels // panels_per_group
-            for stage in cutlass.range_constexpr(stages):
-                if stage < count:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
-                    at = first + stage
-                    cute.copy(code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage)
-                    cute.copy(scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage)
-            cute.arch.griddepcontrol_wait()
-            for stage in cutlass.range_constexpr(stages):
-                if stage < count:
-                    at = first + stage
-                    self.load_tokens(x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage)
-            stage = cutlass.min(count, stages) % stages
-            phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
-            if count < stages:
-                phase = Int32(1)  # and the rest of the ring is free
-            step = cutlass.min(count, stages)
-            for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
-                token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
-                group = row_tile * c.panels // panels_per_group
-                for at in cutlass.range(first + step, first + count, unroll=1):
-                    cute.arch.mbarrier_wait(empty + stage, phase)
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
-                    cute.copy(code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage)
-                    cute.copy(scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage)
-                    self.load_tokens(x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage)
-                    stage += 1
-                    if stage == stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
-                step = Int32(0)
+                # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
+                groups = tX.shape[2]
+                # Weights first, then tokens once the previous kernel's results are visible.
+                token_tile, row_tile = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
+                group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                for stage in cutlass.range_constexpr(stages):
+                    if stage < count:
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                        at = first + stage
+                        cute.copy(
+                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        cute.copy(
+                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
+                        )
+                cute.arch.griddepcontrol_wait()
+                for stage in cutlass.range_constexpr(stages):
+                    if stage < count:
+                        at = first + stage
+                        self.load_tokens(
+                            x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage
+                        )
+                stage = cutlass.min(count, stages) % stages
+                phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
+                if count < stages:
+                    phase = Int32(1)  # and the rest of the ring is free
+                step = cutlass.min(count, stages)
+                for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
+                    token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+                    group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                    for at in cutlass.range(first + step, first + count, unroll=1):
+                        cute.arch.mbarrier_wait(empty + stage, phase)
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                        cute.copy(
+                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        cute.copy(
+                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        self.load_tokens(
+                            x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage
+                        )
+                        stage += 1
+                        if stage == stages:
+                            stage = Int32(0)
+                            phase = phase ^ 1
+                    step = Int32(0)
             if cutlass.const_expr(c.multicast > 1):
                 # The other CTA may still write into this one's stages and arrive on its barriers.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
         else:
+            if cutlass.const_expr(c.panels > 1):
+                cute.arch.setmaxregister_increase(c.consumer_registers)
             thread, _, _ = cute.arch.thread_idx()
             panel = thread // 128
             stage = Int32(0)
             phase = Int32(0)
-            if True:
-                tile = bid // c.split_k
+            for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
                 token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
                 acc, stage, phase = self.accumulate(
-                    tiled_mma, thread, panel, pairs, stage, phase, full, empty, sX, sCodes, sScales, scale_bias
+                    tiled_mma,
+                    thread,
+                    panel,
+                    count,
+                    stage,
+                    phase,
+                    full,
+                    empty,
+                    sX,
+                    sCodes,
+                    sScales,
+                    scale_bias,
                 )
                 if cutlass.const_expr(c.split_k > 1):
                     self.send_partials(acc, thread, rank, storage)
@@ -316,7 +345,9 @@ class WideLinear:
         return group * token_group + inside % width, row_tile
 
     @cute.jit
-    def load_tokens(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
+    def load_tokens(
+        self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer
+    ):
         if cutlass.const_expr(self.config.multicast > 1):
             mask = cutlass.Int16((1 << self.config.multicast) - 1)
             cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
@@ -339,7 +370,7 @@ class WideLinear:
         tiled_mma: cute.TiledMma,
         thread: Int32,
         panel: Int32,
-        pairs: Int32,
+        count: Int32,
         stage: Int32,
         phase: Int32,
         full: cute.Pointer,
@@ -355,7 +386,7 @@ class WideLinear:
         row_warp = (thread % 128) // 32
         thr_mma = tiled_mma.get_slice(thread)
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
-        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, 2 * BLOCK_K)), BFloat16)
+        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
         acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, c.tokens)), Float32)
         acc.fill(0.0)
@@ -364,49 +395,41 @@ class WideLinear:
         panel_scales = c.blocks * BLOCK_SCALE_BYTES
         codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
-        oldest = stage  # the stage to release next
-        for pair in cutlass.range(pairs, unroll=1):
-            for half in cutlass.range_constexpr(2):
-                inside = half if c.blocks == 2 else 0
-                if cutlass.const_expr(c.blocks == 1 or half == 0):
-                    cute.arch.mbarrier_wait(full + stage, phase)
-                words = load_words(codes + stage * (c.panels * panel_codes) + inside * BLOCK_CODE_BYTES, 4)
-                scale_words = load_words(
-                    scales + stage * (c.panels * panel_scales) + inside * BLOCK_SCALE_BYTES, 2
+        # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
+        # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
+        # serialize them (C7513).
+        steps = cutlass.const_expr(c.blocks * STEPS // 2)
+        previous = stage
+        for i in cutlass.range(count, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            words, scale_words = [], []
+            for b in cutlass.range_constexpr(c.blocks):
+                words.append(load_words(codes + stage * (c.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
+                scale_words.append(
+                    load_words(scales + stage * (c.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
                 )
-                warpgroup.wait_group(1)  # the wgmmas that read this half of `weights` are done
-                if cutlass.const_expr(c.blocks == 1 or half == 1):
-                    if pair > 0:
-                        self.release(empty, oldest, lane)
-                        oldest += 1
-                        if oldest == c.stages:
-                            oldest = Int32(0)
-                for step in cutlass.range_constexpr(STEPS):
-                    decoded = weight_registers(words[step], scale_words[step // 2], step % 2, bias)
-                    for i in cutlass.range_constexpr(4):
-                        weight_words[(half * STEPS + step) * 4 + i] = settle(decoded[i])
+            for half in cutlass.range_constexpr(2):
+                warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
+                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
+                    word = words[step // STEPS][step % STEPS]
+                    scale_word = scale_words[step // STEPS][step % STEPS // 2]
+                    decoded = weight_registers(word, scale_word, step % 2, bias)
+                    for r in cutlass.range_constexpr(4):
+                        weight_words[step * 4 + r] = settle(decoded[r])
                 warpgroup.fence()
-                for step in cutlass.range_constexpr(STEPS):
-                    cute.gemm(
-                        tiled_mma,
-                        acc,
-                        weights[None, None, half * STEPS + step],
-                        tCrX[None, None, inside * STEPS + step, stage],
-                        acc,
-                    )
-                warpgroup.commit_group()
-                if cutlass.const_expr(c.blocks == 1 or half == 1):
-                    stage += 1
-                    if stage == c.stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
+                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
+                    cute.gemm(tiled_mma, acc, weights[None, None, step], tCrX[None, None, step, stage], acc)
+                    warpgroup.commit_group()
+            if i > 0:
+                self.release(empty, previous, lane)
+            previous = stage
+            stage += 1
+            if stage == c.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
         warpgroup.wait_group(0)
-        for _ in cutlass.range_constexpr(2 // c.blocks):
-            if pairs > 0:
-                self.release(empty, oldest, lane)
-                oldest += 1
-                if oldest == c.stages:
-                    oldest = Int32(0)
+        if count > 0:
+            self.release(empty, previous, lane)
         return acc, stage, phase
 
     @cute.jit
@@ -421,14 +444,22 @@ class WideLinear:
         mBias: cute.Tensor,
         mOut: cute.Tensor,
     ):
-        """Scale, transpose through shared memory a few tokens at a time, store rows of `out`."""
+        """Scale, transpose through shared memory a few tokens at a time, store rows of `out`.
+
+        Each warpgroup stores its own panel without meeting the others: one stores while another multiplies.
+        """
         c = self.config
         wide_out = cutlass.const_expr(mOut.element_type.width == 32)
         chunk = cutlass.const_expr(c.output_tokens // 2 if wide_out else c.output_tokens)
-        pitch = cutlass.const_expr((c.rows + 4) * 4 if wide_out else (c.rows + 8) * 2)  # bytes, no bank conflicts
+        pitch = cutlass.const_expr(
+            (PANEL_ROWS + 4) * 4 if wide_out else (PANEL_ROWS + 8) * 2
+        )  # no bank conflicts
+        panel_bytes = cutlass.const_expr(c.output_bytes // c.panels)
+        panel = thread // 128
+        inside = thread % 128
         lane = thread % 32
-        row = thread // 32 * 16 + lane // 4
-        first_n = row_tile * c.rows
+        row = inside // 32 * 16 + lane // 4
+        first_n = row_tile * c.rows + panel * PANEL_ROWS
         factor = cute.make_rmem_tensor(2, Float32)
         offset = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
@@ -439,14 +470,14 @@ class WideLinear:
                 factor[h] = mRowScale[n] * Float32(EPILOGUE_SCALE)
                 if cutlass.const_expr(self.has_bias):
                     offset[h] = mBias[n].to(Float32)
-        buffer = smem_address(storage.output.data_ptr())
+        buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
         matrix = lane // 8
-        matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (thread // 32 * 16 + matrix % 2 * 8) * 2
-        per_row = cutlass.const_expr(c.rows * mOut.element_type.width // 128)  # 16-byte pieces
+        matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
+        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
         elements = cutlass.const_expr(128 // mOut.element_type.width)
-        rows_per_pass = cutlass.const_expr(128 * c.panels // per_row)
+        rows_per_pass = cutlass.const_expr(128 // per_row)
         for e in cutlass.range_constexpr(c.tokens // chunk):
-            half_buffer = buffer + (e % 2) * (c.output_bytes // 2)
+            half_buffer = buffer + (e % 2) * (panel_bytes // 2)
             for t in cutlass.range_constexpr(chunk // 8):
                 v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
                 if cutlass.const_expr(self.has_bias):
@@ -463,13 +494,16 @@ class WideLinear:
                         store_matrices_transposed(
                             half_buffer + matrix_address + (t - 1) * 8 * pitch, *waiting, *packed
                         )
-            cute.arch.barrier(barrier_id=1, number_of_threads=128 * c.panels)
+            if panel == 0:  # a computed barrier number would reserve all 16
+                cute.arch.barrier(barrier_id=1, number_of_threads=128)
+            else:
+                cute.arch.barrier(barrier_id=2, number_of_threads=128)
             for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
-                token = thread // per_row + j * rows_per_pass
+                token = inside // per_row + j * rows_per_pass
                 m = token_tile * c.tokens + e * chunk + token
-                n = first_n + thread % per_row * elements
+                n = first_n + inside % per_row * elements
                 if m < mOut.shape[0] and token < chunk:
-                    words = load_words(half_buffer + token * pitch + thread % per_row * 16, 4)
+                    words = load_words(half_buffer + token * pitch + inside % per_row * 16, 4)
                     piece = cute.make_rmem_tensor(4, Uint32)
                     for i in cutlass.range_constexpr(4):
                         piece[i] = words[i]

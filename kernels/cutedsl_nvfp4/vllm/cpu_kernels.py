@@ -152,7 +152,8 @@ def _attend(q, keys, index, valid, sink, scale):
     picked = index.unsqueeze(1).expand(-1, q.shape[1], -1)
     scores = scores.gather(2, picked).masked_fill(~valid.unsqueeze(1), float("-inf"))
     with_sink = torch.cat((scores, sink.view(1, -1, 1).expand(q.shape[0], -1, 1)), dim=-1)
-    weights = torch.softmax(with_sink, dim=-1)[..., :-1].masked_fill(~valid.unsqueeze(1), 0.0)
+    weights = torch.softmax(with_sink, dim=-1)[..., :-1]
+    weights[~valid.any(1)] = 0.0
     dense = torch.zeros(*q.shape[:2], keys.shape[0]).scatter_add_(2, picked, weights)
     return torch.einsum("thu,ud->thd", dense, keys)
 

@@ -1,0 +1,72 @@
+"""Tile configurations the tuning run tries. bench/tune.py measures them, tiles.py keeps the winners."""
+
+from cutedsl_nvfp4.tiles import Config, Narrow, Wide
+
+SPLITS = (1, 2, 4, 8)
+
+
+def _legal(configs) -> list[Config]:
+    legal = []
+    for config in configs:
+        try:
+            config.check()
+        except ValueError:
+            continue
+        legal.append(config)
+    return legal
+
+
+def narrow() -> list[Config]:
+    """For few tokens: K over warps and a cluster, several CTAs an SM."""
+    pipelines = (
+        (1, 2, 4),
+        (1, 2, 8),
+        (2, 1, 6),
+        (2, 2, 3),
+        (2, 2, 4),
+        (4, 1, 3),
+        (4, 1, 4),
+        (4, 2, 2),
+        (4, 2, 3),
+    )
+    return _legal(
+        Narrow(tokens, k_warps, blocks, stages, split)
+        for tokens in (8, 16)
+        for k_warps, blocks, stages in pipelines
+        for split in SPLITS
+    ) + _legal(Narrow(32, k_warps, 1, 4, split) for k_warps in (2, 4) for split in SPLITS)
+
+
+def wide() -> list[Config]:
+    """For many tokens: small tiles that share K over a cluster, and large ones that fill the machine."""
+    small = _legal(
+        Wide(panels, tokens, 2, stages, split)
+        for panels in (1, 2)
+        for tokens, stages in ((16, 4), (16, 8), (32, 5), (64, 4), (128, 3))
+        for split in SPLITS
+    )
+    large = _legal(
+        [
+            Wide(2, 128, 2, 4),
+            Wide(2, 128, 2, 4, persistent=True),
+            Wide(2, 128, 2, 4, persistent=True, multicast=2),
+            Wide(1, 128, 2, 2, ctas_per_sm=2),
+            Wide(1, 128, 1, 4, ctas_per_sm=2, persistent=True),
+            Wide(1, 192, 1, 3, ctas_per_sm=2),
+            Wide(1, 192, 1, 3, ctas_per_sm=2, persistent=True),
+            Wide(1, 256, 1, 2, ctas_per_sm=2, persistent=True),
+            Wide(2, 96, 1, 4, ctas_per_sm=2, persistent=True),
+            Wide(2, 64, 2, 3, ctas_per_sm=2),
+            Wide(2, 96, 1, 5, ctas_per_sm=2),
+            Wide(2, 192, 1, 6, persistent=True),
+            Wide(2, 192, 2, 3, persistent=True),
+            Wide(2, 192, 2, 3, persistent=True, multicast=2),
+            Wide(2, 256, 1, 5),
+            Wide(2, 256, 1, 5, persistent=True),
+            Wide(2, 256, 1, 5, persistent=True, multicast=2),
+            Wide(2, 256, 1, 4, 2),
+            Wide(2, 256, 1, 4, 4),
+            Wide(2, 192, 1, 5, 2),
+        ]
+    )
+    return small + large

@@ -1,0 +1,117 @@
+"""The peers: how each prepares NVFP4 weights and is called.
+
+A peer gives `prepare(codes, block_scales, global_scale) -> weights` and `call(x, weights) -> out [M, N]`. One
+whose package is missing raises ImportError in its constructor; the bench names it in its output.
+"""
+
+import json
+
+import torch
+
+from cutedsl_nvfp4.reference import dequantize
+
+
+class CublasBf16:
+    """What an unquantized checkpoint runs: torch.mm on bf16 weights."""
+
+    name = "cublas_bf16"
+    bytes_per_weight = 2.0
+
+    def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
+        return dequantize(codes, block_scales, global_scale, torch.bfloat16)
+
+    def call(self, x: torch.Tensor, weight) -> torch.Tensor:
+        return torch.mm(x, weight.t())
+
+
+class Quack:
+    """quack-kernels' gemm_w4a16 with its own tile choice."""
+
+    name = "quack"
+    bytes_per_weight = 9 / 16
+
+    def __init__(self):
+        from quack.gemm_w4 import gemm_w4a16, prepare_w4_weight
+
+        self._gemm, self._prepare = gemm_w4a16, prepare_w4_weight
+
+    def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
+        return *self._prepare(codes, block_scales, "nvfp4")[:2], global_scale
+
+    def call(self, x: torch.Tensor, weights) -> torch.Tensor:
+        blob, scales, global_scale = weights
+        return self._gemm(x, blob, scales, tensor_scale=global_scale, wformat="nvfp4")
+
+
+class Humming:
+    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it."""
+
+    name = "humming"
+    bytes_per_weight = 9 / 16
+    _COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"})
+
+    def __init__(self):
+        self._checkpoint = {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "type": "float",
+            "num_bits": 4,
+            "strategy": "group",
+            "group_size": 16,
+        }
+        from humming.config import InputQuantizationMode
+        from humming.forward import humming_forward
+        from humming.schema import BaseWeightSchema, HummingInputSchema
+        from humming.transform import prepare_and_transform_humming_tensors
+
+        self._forward, self._transform = humming_forward, prepare_and_transform_humming_tensors
+        self._weight_schema = BaseWeightSchema
+        self._input_schema = HummingInputSchema(input_quant_mode=InputQuantizationMode.Disabled)
+        units = torch.cuda.get_device_properties(0).multi_processor_count
+        self._locks = torch.zeros(8 * units, dtype=torch.int32, device="cuda")
+
+    def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
+        n, k = codes.shape[0], 2 * codes.shape[1]
+        tensors = {
+            "weight_packed": codes.clone(),
+            "weight_scale": block_scales.clone(),
+            "weight_global_scale": torch.tensor([1 / global_scale], device=codes.device),
+        }
+        shapes = {"shape_n_stacks": [n], "shape_k_stacks": [k], "param_dtype": torch.bfloat16}
+        schema, weights = self._weight_schema.from_config(self._checkpoint).convert_humming(
+            tensors=tensors, **shapes
+        )
+        input_schema, inputs = self._input_schema.convert_humming(tensors=tensors, **shapes)
+        config, prepared = self._transform(
+            tensors=weights | inputs,
+            shape_n=n,
+            shape_k=k,
+            weight_schema=schema,
+            input_schema=input_schema,
+            pad_n_to_multiple=256,
+            pad_k_to_multiple=128,
+            has_bias=False,
+            torch_dtype=torch.bfloat16,
+            device=codes.device,
+        )
+        return config, prepared, schema.hadamard_block_size
+
+    def call(self, x: torch.Tensor, weights) -> torch.Tensor:
+        config, tensors, hadamard = weights
+        return self._forward(
+            config,
+            inputs=x,
+            weight=tensors["weight"],
+            weight_scale=tensors.get("weight_scale"),
+            zero_point=tensors.get("zero_point"),
+            bias=None,
+            weight_scale_2=tensors.get("weight_scale_2"),
+            input_scale=None,
+            input_scale_2=None,
+            hadamard_block_size=hadamard,
+            locks=self._locks,
+            compute_config=self._COMPUTE,
+        )
+
+
+PEERS = (Quack, Humming, CublasBf16)

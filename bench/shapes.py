@@ -1,0 +1,53 @@
+"""Every linear of DeepSeek-V4 Pro and Flash at every tensor-parallel size, and the token counts."""
+
+from dataclasses import dataclass
+
+TOKENS = tuple(2**i for i in range(14))  # 1 ... 8192
+
+
+@dataclass(frozen=True)
+class Shape:
+    """out [M, n] with inner dimension k; with groups > 1 the weight is block diagonal."""
+
+    name: str
+    n: int
+    k: int
+    groups: int = 1
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.n * self.k * 9 // 16
+
+
+def _model(
+    prefix: str, hidden: int, q_rank: int, heads: int, o_groups: int, intermediate: int, tp: int
+) -> list:
+    q_width, o_rank = heads * 512, 1024
+    shapes = [
+        Shape(f"{prefix}.wq_b/{tp}", q_width // tp, q_rank),
+        Shape(f"{prefix}.wo_a/{tp}", o_groups * o_rank // tp, q_width // o_groups, o_groups // tp),
+        Shape(f"{prefix}.wo_b/{tp}", hidden, o_groups * o_rank // tp),
+        Shape(f"{prefix}.shared_w13/{tp}", 2 * intermediate // tp, hidden),
+        Shape(f"{prefix}.shared_w2/{tp}", hidden, intermediate // tp),
+    ]
+    if tp == 1:
+        shapes += [
+            Shape(f"{prefix}.wq_a_wkv", q_rank + 512, hidden),
+            Shape(f"{prefix}.compressor_r128", 1024, hidden),
+            Shape(f"{prefix}.compressor_r4", 2048, hidden),
+            Shape(f"{prefix}.indexer_compressor", 512, hidden),
+            Shape(f"{prefix}.indexer_weights", 64, hidden),
+            Shape(f"{prefix}.indexer_wq_b", 8192, q_rank),
+        ]
+    return shapes
+
+
+def model_shapes() -> list[Shape]:
+    """Distinct shapes, first name wins: equal problems are measured once."""
+    distinct: dict[tuple[int, int, int], Shape] = {}
+    for tp in (1, 2, 4, 8):
+        for shape in _model("pro", 7168, 1536, 128, 16, 3072, tp) + _model(
+            "flash", 4096, 1024, 64, 8, 2048, tp
+        ):
+            distinct.setdefault((shape.n, shape.k, shape.groups), shape)
+    return list(distinct.values())

@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
+
+    PYTHONPATH=kernels:bench python3 bench/tune.py OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
+
+Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
+A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import candidates
+import torch
+from shapes import TOKENS, Shape, model_shapes
+from timing import capture, copies, microseconds
+
+from cutedsl_nvfp4.reference import dequantize
+from cutedsl_nvfp4.sm90.layout import pack_linear
+from cutedsl_nvfp4.sm90.linear import run
+from cutedsl_nvfp4.tiles import Config, Narrow
+
+SAMPLED_ROWS = 64
+
+
+def eligible(config: Config, m: int, panels_per_group: int, groups: int) -> bool:
+    if isinstance(config, Narrow):
+        return m <= config.tokens and (config.tokens == 8 or m > config.tokens // 2)
+    if not config.fits_groups(panels_per_group, groups):
+        return False
+    if config.tokens > 16 and config.tokens >= 2 * m + 16:
+        return False
+    return m <= 8 * config.tokens if config.tokens <= 64 else True
+
+
+def _smaller(config: Config, best: Config) -> bool:
+    return (config.tokens, -config.split_k) < (best.tokens, -best.split_k)
+
+
+def operands(shape: Shape, device: str = "cuda"):
+    """Random valid weights: (codes, block scales) of the checkpoint, packed copies to rotate, row scales."""
+    codes = torch.randint(0, 256, (shape.n, shape.k // 2), dtype=torch.uint8, device=device)
+    scales = (torch.rand(shape.n, shape.k // 16, device=device) * 3 + 0.5).to(torch.float8_e4m3fn)
+    packed = pack_linear(codes, scales)
+    rotated = [packed] + [tuple(t.clone() for t in packed) for _ in range(copies(shape.weight_bytes) - 1)]
+    return codes, scales, rotated, torch.full((shape.n,), 1 / 2688, device=device)
+
+
+def relative_error(shape: Shape, codes, scales, row_scale, x, out) -> tuple[float, float]:
+    """(error of `out`, error of rounding the exact product to bf16) on sampled rows, against float64."""
+    rows = torch.randperm(shape.n, device=x.device)[:SAMPLED_ROWS]
+    weight = dequantize(codes[rows], scales[rows]).double() * row_scale[rows].double()[:, None]
+    groups = rows // (shape.n // shape.groups)
+    tokens = x.double().view(x.shape[0], shape.groups, shape.k)
+    exact = torch.einsum("mrk,rk->mr", tokens[:, groups], weight)
+    size = exact.norm()
+    return (
+        ((out[:, rows].double() - exact).norm() / size).item(),
+        ((exact.to(torch.bfloat16).double() - exact).norm() / size).item(),
+    )
+
+
+def tune(shape: Shape, tokens: list[int], file, deadline: float) -> None:
+    codes, scales, rotated, row_scale = operands(shape)
+    panels_per_group = -(-shape.n // 64) // shape.groups
+    configs = candidates.narrow() + candidates.wide()
+    slow: set[Config] = set()
+    verified: set[Config] = set()
+    for m in tokens:
+        x = torch.randn(m, shape.groups * shape.k, device="cuda").to(torch.bfloat16)
+        times: dict[Config, float] = {}
+        for config in configs:
+            if config in slow or not eligible(config, m, panels_per_group, shape.groups):
+                continue
+            if time.monotonic() > deadline:
+                print("out of time at", shape, m, flush=True)
+                return
+
+            def call(weights, config=config, x=x):
+                return run(x, *weights, row_scale, n=shape.n, k=shape.k, groups=shape.groups, config=config)
+
+            if config not in verified:
+                error, rounding = relative_error(shape, codes, scales, row_scale, x, call(rotated[0]))
+                if not error <= 1.05 * rounding:
+                    sys.exit(
+                        f"{config} is wrong on {shape}, M = {m}: error {error}, rounding alone {rounding}"
+                    )
+                verified.add(config)
+            calls = rotated[: 16 if m >= 512 else None]
+            graph = capture([lambda w=w: call(w) for w in calls])
+            times[config] = microseconds(graph, len(calls), repeats=3, target_us=1500.0)
+            row = {"shape": shape.name, "n": shape.n, "k": shape.k, "groups": shape.groups, "m": m}
+            file.write(json.dumps(row | {"config": repr(config), "us": round(times[config], 3)}) + "\n")
+        if times:
+            best = min(times, key=times.get)
+            slow |= {c for c, us in times.items() if us > 1.5 * times[best] and _smaller(c, best)}
+            print(f"{shape.name} M={m} {times[best]:.2f} us {best}", flush=True)
+        file.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out")
+    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=500.0)
+    arguments = parser.parse_args()
+    every = model_shapes()
+    if ":" in arguments.shapes:
+        first, _, last = arguments.shapes.partition(":")
+        selected = every[int(first or 0) : int(last) if last else None]
+    else:
+        selected = [s for s in every if s.name in arguments.shapes.split(",")]
+    deadline = time.monotonic() + arguments.seconds
+    with open(arguments.out, "w") as file:
+        for shape in selected:
+            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline)
+
+
+if __name__ == "__main__":
+    main()
