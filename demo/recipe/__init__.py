@@ -1,0 +1,1 @@
+"""How demo/ was made: texts, training with NVFP4 rounding, export, expected output, planted errors."""
