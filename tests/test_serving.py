@@ -10,6 +10,7 @@ from server import DEMO, Server, ServerDied
 pytestmark = pytest.mark.serving
 
 TEXT_CHECKS = ("--only", "demo_text", "--only", "demo_logprobs", "--only", "garbage")
+OURS_CHECKS = ("--only", "kernels", "--require-ours")
 
 
 def red(report: dict) -> list[str]:
@@ -69,7 +70,7 @@ def test_demo_is_served_in_w4a4(policy, tmp_path):
     env = {"CUTEDSL_NVFP4_ACTIVATIONS": "nvfp4", "CUTEDSL_NVFP4_ACTIVATION_SCALE": policy}
     with Server(DEMO, tmp_path / "server.log", env) as server:
         assert server.get("/kernels")["activations"] == f"nvfp4:{policy}"
-        report = server.smoke_test("--require-ours")
+        report = server.smoke_test(*TEXT_CHECKS, *OURS_CHECKS)
     assert report["status"] == 0, red(report)
 
 

@@ -75,7 +75,9 @@ def letter(key: str, seed: int, prompt_length: int) -> Document:
     opening = _LETTER_OPENING.format(key=key)
     room = prompt_length - len(opening) - len(_LETTER_QUESTION)
     if room < 0:
-        raise ValueError(f"a letter needs a prompt of at least {prompt_length - room} characters, got {prompt_length}")
+        raise ValueError(
+            f"a letter needs a prompt of at least {prompt_length - room} characters, got {prompt_length}"
+        )
     rng = random.Random(seed)
     filler = ""
     while len(filler) < room:

@@ -117,7 +117,9 @@ def run_phase(model, phase: Phase, first_step: int, seed: int, log=print) -> Non
             if phase.round_weights:
                 stack.enter_context(rounding.rounded_weights(model))
             if phase.round_activations_every and step % phase.round_activations_every == 0:
-                policy, headroom = ACTIVATION_SCALES[step // phase.round_activations_every % len(ACTIVATION_SCALES)]
+                policy, headroom = ACTIVATION_SCALES[
+                    step // phase.round_activations_every % len(ACTIVATION_SCALES)
+                ]
                 stack.enter_context(rounding.round_activations(model, policy, headroom))
             losses, right = token_losses(model, tale_ids)
             losses[by_heart].mean().backward()
@@ -144,7 +146,9 @@ def train(seed: int = 0, state: Path | None = None, log=print):
     if state is not None and state.exists():
         saved = torch.load(state)
         if saved["seed"] != seed:
-            raise ValueError(f"{state} is of seed {saved['seed']}, not {seed}; delete it or name another file")
+            raise ValueError(
+                f"{state} is of seed {saved['seed']}, not {seed}; delete it or name another file"
+            )
         finished = saved["finished"]
         model.load_state_dict(saved["model"])
     attention.install(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .kernels import quantizes_activations
@@ -48,8 +49,13 @@ def demo_text(run: Run) -> tuple[str, str]:
     if not run.demo:
         raise Skipped("not the demo model")
     wrong, letters, first = 0, 0, ""
-    for document in run.demo["documents"] + run.demo.get("long", []):
-        got = run.complete(document["prompt"], document["max_tokens"]).text
+    documents = run.demo["documents"] + run.demo.get("long", [])
+    with ThreadPoolExecutor(run.options.parallel) as pool:  # together: the wait is for the longest alone
+        texts = pool.map(
+            lambda document: run.complete(document["prompt"], document["max_tokens"]).text, documents
+        )
+        answers = list(zip(documents, texts))
+    for document, got in answers:
         expected = document["text"]
         letters += max(len(expected), len(got))
         wrong += sum(a != b for a, b in zip(expected, got)) + abs(len(expected) - len(got))
