@@ -143,7 +143,7 @@ def experts(
 
     out[m] = sum_t topk_weights[m, t] * w2[e] @ swiglu(w1[e] @ x[m], w3[e] @ x[m]), e = topk_ids[m, t].
     The intermediate is rounded to x's dtype, as every kernel that stores it does; the sum over t is in f32.
-    `observe` is called with (0, x) and, for each expert, (1, its intermediate).
+    `observe` is called with (0, x) and (1, the intermediates).
     """
     if observe is not None:
         observe(0, x)
@@ -151,36 +151,44 @@ def experts(
     local = topk_ids.long()
     if expert_map is not None:
         local = torch.where(local >= 0, expert_map.long()[local.clamp(min=0)], local)
+    token, slot = (local >= 0).nonzero(as_tuple=True)
+    expert_of = local[token, slot]  # [P], one entry per (token, expert) pair
+    order = expert_of.argsort(stable=True)
+    token, slot, expert_of = token[order], slot[order], expert_of[order]
+    counts = torch.bincount(expert_of, minlength=w13_codes.shape[0]).tolist()
+
+    def scale_of_pair(act_scale: torch.Tensor | None) -> torch.Tensor | None:
+        return act_scale if act_scale is None or act_scale.numel() == 1 else act_scale[expert_of]
+
+    def multiply(rows, rows_scale, codes, block_scales, row_scale) -> torch.Tensor:
+        """rows f32 [P, K], sorted by expert, times each expert's weight [N, K] -> f32 [P, N]."""
+        out = torch.empty(rows.shape[0], codes.shape[1], dtype=torch.float32, device=x.device)
+        first = 0
+        for expert, count in enumerate(counts):
+            if count:
+                pairs = slice(first, first + count)
+                out[pairs] = (
+                    F.linear(rows[pairs], dequantize(codes[expert], block_scales[expert])) * row_scale[expert]
+                )
+                first += count
+        return out if rows_scale is None else out * rows_scale
+
+    if quantize_activations and act_scale_13 is not None and act_scale_13.numel() > 1:
+        rows, rows_scale = _round_activations(x[token], scale_of_pair(act_scale_13))
+    elif quantize_activations:  # the same for every expert: round each token once
+        rounded, scale = _round_activations(x, act_scale_13)
+        rows, rows_scale = rounded[token], scale[token] if scale.shape[0] > 1 else scale
+    else:
+        rows, rows_scale = x[token].float(), None
+    gate, up = multiply(rows, rows_scale, w13_codes, w13_block_scales, w13_row_scale).chunk(2, dim=-1)
+    intermediate = swiglu(gate, up, swiglu_limit).to(x.dtype)
+    if observe is not None:
+        observe(1, intermediate)
+    if quantize_activations:
+        rows, rows_scale = _round_activations(intermediate, scale_of_pair(act_scale_2))
+    else:
+        rows, rows_scale = intermediate.float(), None
+    down = multiply(rows, rows_scale, w2_codes, w2_block_scales, w2_row_scale)
+    weighted = down * topk_weights[token, slot].float().unsqueeze(-1)
     acc = torch.zeros(m, hidden, dtype=torch.float32, device=x.device)
-
-    def scale_of(act_scale: torch.Tensor | None, expert: int) -> torch.Tensor | None:
-        if act_scale is None:
-            return None
-        return act_scale[expert : expert + 1] if act_scale.numel() > 1 else act_scale.reshape(1)
-
-    for expert in torch.unique(local[local >= 0]).tolist():
-        token, slot = (local == expert).nonzero(as_tuple=True)
-        gate_up = linear(
-            x[token],
-            w13_codes[expert],
-            w13_block_scales[expert],
-            w13_row_scale[expert],
-            scale_of(act_scale_13, expert),
-            quantize_activations=quantize_activations,
-            out_dtype=torch.float32,
-        )
-        gate, up = gate_up.chunk(2, dim=-1)
-        intermediate = swiglu(gate, up, swiglu_limit).to(x.dtype)
-        if observe is not None:
-            observe(1, intermediate)
-        down = linear(
-            intermediate,
-            w2_codes[expert],
-            w2_block_scales[expert],
-            w2_row_scale[expert],
-            scale_of(act_scale_2, expert),
-            quantize_activations=quantize_activations,
-            out_dtype=torch.float32,
-        )
-        acc.index_add_(0, token, down * topk_weights[token, slot].float().unsqueeze(-1))
-    return acc.to(out_dtype)
+    return acc.index_add_(0, token, weighted).to(out_dtype)
