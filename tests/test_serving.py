@@ -17,52 +17,52 @@ def red(report: dict) -> list[str]:
     return [check["name"] for check in report["checks"] if check["verdict"] == "red"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def demo(tmp_path_factory) -> Iterator[Server]:
     """The demo, served as `make demo` does: W4A16."""
     with Server(DEMO, tmp_path_factory.mktemp("demo") / "server.log") as server:
         yield server
 
 
-def test_demo_passes_the_smoke_test(demo):
-    report = demo.smoke_test("--require-ours")
-    assert report["status"] == 0, red(report)
+class TestServedInW4A16:
+    # one server for the class; an idle one still takes a quarter of a core
+    def test_demo_passes_the_smoke_test(self, demo):
+        report = demo.smoke_test("--require-ours")
+        assert report["status"] == 0, red(report)
 
+    def test_every_nvfp4_layer_is_served_by_ours(self, demo):
+        """Counted from the checkpoint itself, so that a layer missing from the report is noticed."""
+        from safetensors import safe_open
 
-def test_every_nvfp4_layer_is_served_by_ours(demo):
-    """Counted from the checkpoint itself, so that a layer missing from the report is noticed."""
-    from safetensors import safe_open
+        quantized = set()
+        for file in DEMO.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                quantized |= {
+                    name.removesuffix(".weight_scale")
+                    for name in tensors.keys()  # not a dict  # noqa: SIM118
+                    if name.endswith(".weight_scale")
+                }
+        fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
+                 "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
+        expected = set()
+        for layer in quantized:
+            parent, _, leaf = layer.rpartition(".")
+            if ".ffn.experts." in layer:
+                expected.add("model." + layer.split(".experts.")[0] + ".experts")
+            elif parent.endswith("compressor"):
+                expected.add(f"model.{parent}.fused_wkv_wgate")
+            else:
+                expected.add(f"model.{parent}.{fused.get(leaf, leaf)}")
+        rows = demo.get("/kernels")["layers"]
+        reported = {row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]}
+        assert reported == expected
 
-    quantized = set()
-    for file in DEMO.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            quantized |= {
-                name.removesuffix(".weight_scale")
-                for name in tensors.keys()  # not a dict  # noqa: SIM118
-                if name.endswith(".weight_scale")
-            }
-    fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
-             "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
-    expected = set()
-    for layer in quantized:
-        parent, _, leaf = layer.rpartition(".")
-        if ".ffn.experts." in layer:
-            expected.add("model." + layer.split(".experts.")[0] + ".experts")
-        elif parent.endswith("compressor"):
-            expected.add(f"model.{parent}.fused_wkv_wgate")
-        else:
-            expected.add(f"model.{parent}.{fused.get(leaf, leaf)}")
-    rows = demo.get("/kernels")["layers"]
-    reported = {row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]}
-    assert reported == expected
-
-
-def test_output_does_not_depend_on_the_batch(demo):
-    """Alone or among others, a prompt continues the same way."""
-    prompt = "Story"
-    alone = demo.complete(prompt=prompt, max_tokens=24)["choices"][0]["text"]
-    together = demo.complete(prompt=[prompt, "Other words", prompt], max_tokens=24)["choices"]
-    assert [together[0]["text"], together[2]["text"]] == [alone, alone]
+    def test_output_does_not_depend_on_the_batch(self, demo):
+        """Alone or among others, a prompt continues the same way."""
+        prompt = "Story"
+        alone = demo.complete(prompt=prompt, max_tokens=24)["choices"][0]["text"]
+        together = demo.complete(prompt=[prompt, "Other words", prompt], max_tokens=24)["choices"]
+        assert [together[0]["text"], together[2]["text"]] == [alone, alone]
 
 
 @pytest.mark.parametrize("policy", ["checkpoint", "warmup", "dynamic"])
