@@ -98,7 +98,7 @@ def _with_a_negative_scale(tensors):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (_without_a_scale, ("layers.0.attn.wq_b", "weight_scale_2", "missing from the checkpoint")),
+        (_without_a_scale, ("the checkpoint lacks their tensors", "layers.0.attn.wq_b.weight_scale_2")),
         (_with_a_nan_scale, ("layers.0.attn.wo_b", "block scale at [0, 0] is nan")),
         (_with_a_negative_scale, ("layers.0.ffn.experts", "block scale at [3, 1, 0] is -", "negative")),
     ],
