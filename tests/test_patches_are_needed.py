@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from patch_series import Conflict, Overlay, apply_patch, read_series, tree_reader  # noqa: E402
 
 ORIGINALS = "vllm/.cutedsl_nvfp4_originals"  # as in scripts/apply_patches
+pytestmark = pytest.mark.proof
+
 SERIES = read_series(ROOT / "patches")
 SITE = Path(next(iter(find_spec("vllm").submodule_search_locations))).parent
 
