@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
-
 from . import settings
 
 
@@ -56,14 +54,6 @@ def linear(device_type: str, capability: int | None) -> Support:
 def experts(device_type: str, capability: int | None) -> Support:
     """Support for the mixture-of-experts op; see `linear`."""
     return _support("experts", _EXPERTS_KERNELS, device_type, capability)
-
-
-def capability_of(device: torch.device) -> int | None:
-    """Compute capability as major * 10 + minor, or None for a device that has none."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 def quantizes_activations(layout: Layout) -> bool:

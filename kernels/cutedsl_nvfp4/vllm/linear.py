@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 from .. import ops, settings, support
 from ..activation_scale import ActivationScales
-from ..prepare import prepare_linear
+from ..prepare import PreparedLinear, prepare_linear
 from ..reference import dequantize
 from .refusals import refuse_unsupported
 
@@ -37,6 +37,23 @@ def refuse_second_preparation(layer: Module, name: str) -> None:
             f"with the new checkpoint"
         )
     layer.nvfp4_prepared = True
+
+
+def _prepare(layer: Module, layout: support.Layout) -> PreparedLinear:
+    """`layer`'s checkpoint parameters, checked, as operands of `layout`; refuses a second time."""
+    refuse_second_preparation(layer, layer.prefix)
+    return prepare_linear(
+        layer.weight.data, layer.weight_scale.data, layer.segment_global_scales.data,
+        layer.logical_widths, layout=layout, name=layer.prefix,
+    )  # fmt: skip
+
+
+def _drop_loader_scales(layer: Module) -> None:
+    """Delete the scales vLLM's loader left on `layer`: nothing may read them once it is prepared."""
+    for name in ("segment_global_scales", "weight_global_scale", "input_global_scale",
+                 "input_global_scale_inv", "alpha"):  # fmt: skip
+        if hasattr(layer, name):
+            delattr(layer, name)
 
 
 class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
@@ -66,12 +83,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
 
     def process_weights_after_loading(self, layer: Module) -> None:
         """Checkpoint parameters of `layer` -> operands: weight, weight_scale, row_scale, act_scale."""
-        name = layer.prefix
-        refuse_second_preparation(layer, name)
-        prepared = prepare_linear(
-            layer.weight.data, layer.weight_scale.data, layer.segment_global_scales.data,
-            layer.logical_widths, layout=self.support.layout, name=name,
-        )  # fmt: skip
+        prepared = _prepare(layer, self.support.layout)
         replace_parameter(layer, "weight", prepared.codes)
         replace_parameter(layer, "weight_scale", prepared.block_scales)
         layer.row_scale = Parameter(prepared.row_scale, requires_grad=False)
@@ -82,7 +94,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
         if self.quantize_activations:
             input_scale = getattr(layer, "input_global_scale", None)
             layer.act_scales = ActivationScales.from_checkpoint(
-                settings.activation_scale(), {INPUT: input_scale}, name
+                settings.activation_scale(), {INPUT: input_scale}, layer.prefix
             )
             if layer.act_scales.policy is not settings.ActivationScale.DYNAMIC:
                 if (
@@ -90,11 +102,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
                 ):  # not read before it is measured
                     input_scale = torch.ones(1, device=layer.weight.device)
                 layer.act_scale = Parameter(input_scale.float().reshape(1), requires_grad=False)
-        # Merged scales that nothing may read from here on.
-        for merged in ("segment_global_scales", "weight_global_scale", "input_global_scale",
-                       "input_global_scale_inv", "alpha"):  # fmt: skip
-            if hasattr(layer, merged):
-                delattr(layer, merged)
+        _drop_loader_scales(layer)
 
     def apply_weights(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., groups * K] -> [..., N] in x's dtype, or float32 where the layer asks for it."""
@@ -129,19 +137,13 @@ class DequantizedGroupedLinearKernel(NvFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        refuse_second_preparation(layer, layer.prefix)
-        prepared = prepare_linear(
-            layer.weight.data, layer.weight_scale.data, layer.segment_global_scales.data,
-            layer.logical_widths, layout=support.Layout.PLAIN, name=layer.prefix,
-        )  # fmt: skip
+        prepared = _prepare(layer, support.Layout.PLAIN)
         weight = dequantize(
             prepared.codes, prepared.block_scales, prepared.row_scale.unsqueeze(1), torch.bfloat16
         )
         layer.weight = Parameter(weight, requires_grad=False)
-        for packed in ("weight_scale", "segment_global_scales", "weight_global_scale", "input_global_scale",
-                       "input_global_scale_inv", "alpha"):  # fmt: skip
-            if hasattr(layer, packed):
-                delattr(layer, packed)
+        del layer.weight_scale
+        _drop_loader_scales(layer)
 
     def apply_weights(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError(f"{layer.prefix} is served by vLLM's output projection, not through its forward")
