@@ -1,7 +1,8 @@
-# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, ARGS.
+# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, JOBS, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
+JOBS     ?= 2
 BASE_URL ?= http://127.0.0.1:$(PORT)
 VENV     := .venv/bin
 export PORT BASE_URL
@@ -29,8 +30,8 @@ down:  ## stop the demo server
 smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
 	@$(PYTHON) scripts/smoke_test --base-url $(BASE_URL) $(ARGS)
 
-test: setup-dev  ## run the tests; ARGS go to pytest
-	@$(VENV)/python -m pytest $(ARGS)
+test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
+	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 lint: setup-dev  ## check style, shell, patches and layers; changes nothing
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check .

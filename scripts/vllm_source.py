@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,15 @@ def source_tree(version: str, distribution: str = "vllm", cache: Path = CACHE) -
     The wheel for Linux x86_64 is taken whatever runs this, and is not kept. RuntimeError if there is none.
     """
     folder = cache / f"{distribution}-{version}"
-    if folder.is_dir():
-        return folder
     cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("w") as lock:  # tests run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            _download(distribution, version, cache, folder)
+    return folder
+
+
+def _download(distribution: str, version: str, cache: Path, folder: Path) -> None:
     print(f"downloading {distribution} {version} from the package index …", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         command = [
@@ -58,4 +65,3 @@ def source_tree(version: str, distribution: str = "vllm", cache: Path = CACHE) -
                 f"`pip index versions {distribution}`, or unpack its wheel into {folder}"
             )
         unpack_sources(wheels[0], folder)
-    return folder

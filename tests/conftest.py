@@ -1,4 +1,4 @@
-"""Markers, two threads, a clean environment, and the random weights the tests share."""
+"""Markers, threads, the order of the tests, a clean environment, and the random weights the tests share."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# one thread beside other test processes (make test JOBS=…): two OpenMP teams on the same cores are far slower
+torch.set_num_threads(1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else 2)
 
 MARKERS = {
     "gpu_sm90": "needs a Hopper GPU (compute capability 9.0); skipped, with the reason, where there is none",
@@ -19,6 +20,11 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers first: they take longest, and the rest fills the gaps between them."""
+    items.sort(key=lambda item: item.get_closest_marker("serving") is None)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo"
 START_TIMEOUT = 300
+LANES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 class ServerDied(RuntimeError):
@@ -28,6 +30,14 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def _cores() -> dict[str, str]:
+    """Where this test process's servers compute: vLLM's own choice, or a core of their own beside others."""
+    if LANES == 1:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(cores[LANE % len(cores)])}
 
 
 class Server:
@@ -49,6 +59,7 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            **_cores(),
             **(env or {}),
         }
         self.process: subprocess.Popen | None = None
