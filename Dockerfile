@@ -21,12 +21,12 @@ ARG SOURCE_DATE_EPOCH=0
 COPY patches/ /opt/cutedsl_nvfp4/patches/
 COPY scripts/apply_patches scripts/patch_series.py scripts/register_kernels scripts/import_patched /opt/cutedsl_nvfp4/scripts/
 RUN set -eux; \
-    python3 /opt/cutedsl_nvfp4/scripts/apply_patches; \
-    python3 /opt/cutedsl_nvfp4/scripts/apply_patches --check
+    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches; \
+    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches --check
 
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     set -eux; \
-    PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip install \
+    PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -B -m pip install \
         --quiet --no-cache-dir --no-compile --no-deps --no-index /wheel/*.whl; \
     python3 -B -c 'import cutedsl_nvfp4 as c; print(c.__version__, c.__path__[0])'
 COPY --from=compiled /compiled/ /opt/cutedsl_nvfp4/compiled/
