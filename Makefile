@@ -32,7 +32,7 @@ demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the backgr
 	@$(PYTHON) scripts/demo_server start --port $(PORT)
 
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
-	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker buildx bake $(ARGS) $(TARGET)
+	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
 
 up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
 	@docker compose up --wait $(ARGS)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from container import ROOT, Service, run
+
 from patch_series import read_series
 from pins import read_pins
 
