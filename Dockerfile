@@ -41,8 +41,8 @@ RUN set -eux; \
     export HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1; \
     python3 /opt/cutedsl_nvfp4/scripts/import_patched; \
     python3 /opt/cutedsl_nvfp4/scripts/register_kernels; \
-    built=$(cd /opt/cutedsl_nvfp4/compiled; echo *); \
-    test "$(echo "${built#\*}" | tr ' ' ,)" = "${KERNEL_ARCHITECTURES#none}"; \
+    python3 -c 'import os, sys; built = os.listdir(sys.argv[1]); assert sys.argv[2:] == [",".join(sorted(built)) or "none"], built' \
+        /opt/cutedsl_nvfp4/compiled "${KERNEL_ARCHITECTURES}"; \
     rm -rf /tmp/*
 
 # The smoke test needs Python alone: `docker compose run --rm smoke`.
