@@ -29,7 +29,7 @@ def test_labels_tell_what_was_built(service: Service):
 
 def test_every_metric_of_the_board_exists(service: Service):
     service.complete()
-    exposed = set(re.findall(r"^([a-z_:]+)[{ ]", service.request("/metrics")[1].decode(), re.MULTILINE))
+    exposed = set(re.findall(r"^([a-z0-9_:]+)[{ ]", service.request("/metrics")[1].decode(), re.MULTILINE))
     board = json.loads((ROOT / "monitoring/grafana/boards/vllm.json").read_text())
     queries = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     queried = set(re.findall(r"\b(?:vllm:|cutedsl_nvfp4_)[a-z_]+", queries))
