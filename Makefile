@@ -1,4 +1,4 @@
-# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, JOBS, ARGS.
+# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
@@ -13,10 +13,18 @@ export PYTHON
 endif
 
 # ruff finds the scripts without suffix through pyproject.toml
-SHELL_SCRIPTS := .ci/run
+SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base
+
+IMAGE ?= vllm-cutedsl-nvfp4
+SBOM  ?= sbom.spdx.json
+SYFT  ?= syft
+TARGET ?= gpu
+export IMAGE
+CPU_COMPOSE := docker compose -f compose.yaml -f compose.cpu.yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check train-demo clean
+.PHONY: build up up-cpu logs pin sbom
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,8 +32,28 @@ help:  ## this list
 demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the background
 	@$(PYTHON) scripts/demo_server start --port $(PORT)
 
-down:  ## stop the demo server
+build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
+	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
+
+up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
+	@docker compose up --wait $(ARGS)
+
+up-cpu:  ## serve the demo model on the CPU from the image
+	@$(CPU_COMPOSE) up --wait $(ARGS)
+
+logs:  ## follow the log of the image's server
+	@docker compose logs --follow --tail 200 vllm
+
+down:  ## stop the demo server, and the image's services where Docker runs
 	@$(PYTHON) scripts/demo_server stop
+	@if docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
+
+pin:  ## ask the registry for the digests of the base images and write them to versions.env
+	@$(PYTHON) scripts/pin_images
+
+sbom:  ## write what IMAGE:TARGET contains to SBOM (SPDX); needs syft
+	@$(SYFT) scan docker:$(IMAGE):$(TARGET) --output spdx-json=$(SBOM) --quiet
+	@echo "$(SBOM): $$(grep -c '"SPDXID": *"SPDXRef-Package' $(SBOM)) packages"
 
 smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
 	@$(PYTHON) scripts/smoke_test --base-url $(BASE_URL) $(ARGS)

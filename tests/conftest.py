@@ -11,7 +11,7 @@ torch.set_num_threads(1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 MARKERS = {
     "gpu_sm90": "needs a Hopper GPU (compute capability 9.0); skipped, with the reason, where there is none",
-    "image": "builds or starts the container image",
+    "image": "needs the container that .ci/container starts; left out unless asked for with -m image",
     "serving": "starts a vLLM server",
     "proof": "takes every patch out in turn; minutes long, left out unless asked for with -m proof",
 }

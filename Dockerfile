@@ -1,0 +1,63 @@
+# vLLM with this project's patches and kernels, on vLLM's own image. GPU (default) and CPU: docker-bake.hcl.
+ARG BASE_IMAGE=vllm/vllm-openai:v0.32.0
+
+# The package as a wheel. No network: the base image has what builds it.
+FROM ${BASE_IMAGE} AS wheel
+ARG SOURCE_DATE_EPOCH=0
+COPY kernels/ /src/
+RUN set -eux; \
+    python3 -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheel /src; \
+    ls -l /wheel
+
+# Kernels compiled ahead of time go to /compiled, one folder for each architecture (sm_90a, …), and are
+# copied into the package below. None yet: every kernel compiles when it is first used.
+FROM ${BASE_IMAGE} AS compiled
+RUN mkdir /compiled; ls -l /compiled
+
+FROM ${BASE_IMAGE}
+# with it, the byte code that apply_patches writes is checked by hash: equal in every build
+ARG SOURCE_DATE_EPOCH=0
+
+COPY patches/ /opt/cutedsl_nvfp4/patches/
+COPY scripts/apply_patches scripts/patch_series.py scripts/register_kernels scripts/import_patched /opt/cutedsl_nvfp4/scripts/
+RUN set -eux; \
+    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches; \
+    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches --check
+
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    set -eux; \
+    PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore python3 -B -m pip install \
+        --quiet --no-cache-dir --no-compile --no-deps --no-index /wheel/*.whl; \
+    python3 -B -c 'import cutedsl_nvfp4 as c; print(c.__version__, c.__path__[0])'
+COPY --from=compiled /compiled/ /opt/cutedsl_nvfp4/compiled/
+
+# Caches, of models and of kernels compiled at run time: writable for whichever user the container runs as.
+RUN mkdir -p /cache/models /cache/jit; chmod 1777 /cache/models /cache/jit; ls -ld /cache/*
+
+# Proof: every patched module imports, our kernels stand first, the label on architectures tells the truth.
+# What importing leaves behind is not kept.
+ARG KERNEL_ARCHITECTURES=none
+RUN set -eux; \
+    export HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1; \
+    python3 /opt/cutedsl_nvfp4/scripts/import_patched; \
+    python3 /opt/cutedsl_nvfp4/scripts/register_kernels; \
+    python3 -c 'import os, sys; built = os.listdir(sys.argv[1]); assert sys.argv[2:] == [",".join(sorted(built)) or "none"], built' \
+        /opt/cutedsl_nvfp4/compiled "${KERNEL_ARCHITECTURES}"; \
+    rm -rf /tmp/*
+
+# The smoke test needs Python alone: `docker compose run --rm smoke`.
+COPY scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
+COPY scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
+
+# vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named.
+ENV VLLM_PLUGINS=cutedsl_nvfp4
+
+ARG VLLM_VERSION=unknown
+ARG PATCHES_SHA256=unknown
+ARG GIT_REVISION=unknown
+LABEL org.opencontainers.image.title="vLLM with CuTe DSL NVFP4 kernels" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${GIT_REVISION}" \
+      cutedsl_nvfp4.vllm.version="${VLLM_VERSION}" \
+      cutedsl_nvfp4.patches.sha256="${PATCHES_SHA256}" \
+      cutedsl_nvfp4.kernels.architectures="${KERNEL_ARCHITECTURES}"
