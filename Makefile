@@ -19,6 +19,7 @@ IMAGE ?= vllm-cutedsl-nvfp4
 SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
+SBOM_SOURCE ?= docker:$(IMAGE):$(TARGET)
 export IMAGE
 CPU_COMPOSE := docker compose -f compose.yaml -f compose.cpu.yaml
 
@@ -52,7 +53,7 @@ pin:  ## ask the registry for the digests of the base images and write them to v
 	@$(PYTHON) scripts/pin_images
 
 sbom:  ## write what IMAGE:TARGET contains to SBOM (SPDX); needs syft
-	@$(SYFT) scan docker:$(IMAGE):$(TARGET) --output spdx-json=$(SBOM) --quiet
+	@SYFT_CHECK_FOR_APP_UPDATE=false $(SYFT) scan $(SBOM_SOURCE) --output spdx-json=$(SBOM)
 	@echo "$(SBOM): $$(grep -c '"SPDXID": *"SPDXRef-Package' $(SBOM)) packages"
 
 smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
