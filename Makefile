@@ -13,13 +13,12 @@ export PYTHON
 endif
 
 # ruff finds the scripts without suffix through pyproject.toml
-SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base
+SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base scripts/write_sbom
 
 IMAGE ?= vllm-cutedsl-nvfp4
 SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
-SBOM_SOURCE ?= docker:$(IMAGE):$(TARGET)
 export IMAGE
 CPU_COMPOSE := docker compose -f compose.yaml -f compose.cpu.yaml
 
@@ -53,8 +52,7 @@ pin:  ## ask the registry for the digests of the base images and write them to v
 	@$(PYTHON) scripts/pin_images
 
 sbom:  ## write what IMAGE:TARGET contains to SBOM (SPDX); needs syft
-	@SYFT_CHECK_FOR_APP_UPDATE=false $(SYFT) scan $(SBOM_SOURCE) --output spdx-json=$(SBOM)
-	@echo "$(SBOM): $$(grep -c '"SPDXID": *"SPDXRef-Package' $(SBOM)) packages"
+	@SYFT=$(SYFT) scripts/write_sbom $(IMAGE):$(TARGET) $(SBOM)
 
 smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
 	@$(PYTHON) scripts/smoke_test --base-url $(BASE_URL) $(ARGS)
