@@ -9,10 +9,17 @@ RUN set -eux; \
     python3 -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheel /src; \
     ls -l /wheel
 
-# Kernels compiled ahead of time go to /compiled, one folder for each architecture (sm_90a, …), and are
-# copied into the package below. None yet: every kernel compiles when it is first used.
+# Kernels compiled ahead of time, without a GPU, one folder for each of KERNEL_ARCHITECTURES (sm_90a, or none).
 FROM ${BASE_IMAGE} AS compiled
-RUN mkdir /compiled; ls -l /compiled
+ARG KERNEL_ARCHITECTURES=none
+COPY kernels/ /src/
+COPY scripts/compile_kernels /src/scripts/
+RUN set -eux; \
+    mkdir /compiled; \
+    for arch in $(echo "${KERNEL_ARCHITECTURES}" | tr ',' ' '); do \
+        [ "${arch}" = none ] || PYTHONPATH=/src python3 -B /src/scripts/compile_kernels "/compiled/${arch}" --arch "${arch}"; \
+    done; \
+    ls -l /compiled
 
 FROM ${BASE_IMAGE}
 # with it, the byte code that apply_patches writes is checked by hash: equal in every build
@@ -49,8 +56,10 @@ RUN set -eux; \
 COPY scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
 COPY scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
 
-# vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named.
-ENV VLLM_PLUGINS=cutedsl_nvfp4
+# vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.
+ENV VLLM_PLUGINS=cutedsl_nvfp4 \
+    CUTEDSL_NVFP4_KERNELS=/opt/cutedsl_nvfp4/compiled \
+    CUTEDSL_NVFP4_FORBID_JIT=1
 
 ARG VLLM_VERSION=unknown
 ARG PATCHES_SHA256=unknown

@@ -7,7 +7,7 @@ variable "IMAGE" { default = "vllm-cutedsl-nvfp4" }
 variable "VLLM_VERSION" { default = "unknown" }
 variable "PATCHES_SHA256" { default = "unknown" }
 variable "GIT_REVISION" { default = "unknown" }
-variable "KERNEL_ARCHITECTURES" { default = "none" }
+variable "KERNEL_ARCHITECTURES" { default = "sm_90a" }
 variable "SOURCE_DATE_EPOCH" { default = "0" }
 
 group "default" { targets = ["gpu", "cpu"] }
@@ -16,11 +16,10 @@ group "release" { targets = ["gpu-release", "cpu-release"] }
 target "image" {
   context = "."
   args = {
-    VLLM_VERSION         = VLLM_VERSION
-    PATCHES_SHA256       = PATCHES_SHA256
-    GIT_REVISION         = GIT_REVISION
-    KERNEL_ARCHITECTURES = KERNEL_ARCHITECTURES
-    SOURCE_DATE_EPOCH    = SOURCE_DATE_EPOCH
+    VLLM_VERSION      = VLLM_VERSION
+    PATCHES_SHA256    = PATCHES_SHA256
+    GIT_REVISION      = GIT_REVISION
+    SOURCE_DATE_EPOCH = SOURCE_DATE_EPOCH
   }
   # attestations carry the time of the build: they would differ each time
   attest = ["type=provenance,disabled=true"]
@@ -28,7 +27,7 @@ target "image" {
 
 target "gpu" {
   inherits = ["image"]
-  args     = { BASE_IMAGE = VLLM_IMAGE }
+  args     = { BASE_IMAGE = VLLM_IMAGE, KERNEL_ARCHITECTURES = KERNEL_ARCHITECTURES }
   tags     = ["${IMAGE}:gpu"]
 }
 

@@ -226,6 +226,24 @@ def test_command_line_starts():
     assert run.stdout.strip().endswith(plugin.VLLM_VERSION)
 
 
+def test_workers_check_kernels_after_loading(monkeypatch):
+    from contextlib import nullcontext
+
+    from vllm.v1.worker import gpu_worker
+
+    done = []
+    monkeypatch.setattr("cutedsl_nvfp4.vllm.selfcheck.check_kernels", done.append)
+    worker = SimpleNamespace(
+        _maybe_get_memory_pool_context=lambda tag: nullcontext(),
+        _scoped_allocator_max_split=lambda max_split_size_mb: nullcontext(),
+        model_runner=SimpleNamespace(load_model=lambda load_dummy_weights: done.append("loaded")),
+        vllm_config=SimpleNamespace(weight_transfer_config=None),
+    )
+    monkeypatch.setattr(gpu_worker, "set_current_vllm_config", lambda config: nullcontext())
+    gpu_worker.Worker.load_model(worker)
+    assert done == ["loaded", worker]
+
+
 def test_workers_settle_activation_scales(monkeypatch):
     from vllm.config import CompilationMode
     from vllm.v1.worker import cpu_worker, gpu_worker

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear, segment_row_scale
+from cutedsl_nvfp4.sm90.layout import pack_in_place, pack_linear
 from cutedsl_nvfp4.support import Layout
 
 NAME = "model.layers.3.attn.wq_a"
@@ -33,6 +34,43 @@ def test_linear_keeps_the_bytes_and_scales_each_segment(random_weight):
     assert (prepared.n, prepared.k, prepared.layout) == (48, 64, Layout.PLAIN)
     assert prepared.row_scale.dtype == torch.float32
     assert prepared.row_scale.tolist() == [0.5] * 16 + [0.25] * 8 + [2.0] * 24
+
+
+# --- Hopper's layout ---
+
+
+@pytest.mark.parametrize("chunk", [64 * 128, 5 * 64 * 128, 1 << 23])
+@pytest.mark.parametrize("shape", [(256, 128), (3, 128, 128), (4, 64, 192)], ids=str)
+def test_packing_a_chunk_at_a_time_takes_the_operands_own_storage(random_weight, shape, chunk):
+    codes, scales = random_weight(*shape)
+    expected = pack_linear(codes, scales)
+    packed = pack_in_place(codes, scales, chunk)
+    for got, source, want in zip(packed, (codes, scales), expected, strict=True):
+        assert torch.equal(got, want) and got.data_ptr() == source.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(200, 144), (2, 70, 128), (64, 80)], ids=str)
+def test_ragged_operands_are_packed_into_new_storage(random_weight, shape):
+    codes, scales = random_weight(*shape)
+    before = codes.clone()
+    packed = pack_in_place(codes, scales, 64 * 144)
+    for got, want in zip(packed, pack_linear(codes, scales), strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(codes, before)
+
+
+def test_groups_start_panels_of_their_own(random_weight):
+    codes, scales = random_weight(80, 64)
+    expected = pack_linear(codes.clone().view(2, 40, -1), scales.clone().view(2, 40, -1))
+    prepared = prepare_linear(
+        codes, scales, torch.tensor([0.5]), [80], layout=Layout.SM90, groups=2, name=NAME
+    )
+    assert (prepared.n, prepared.k, prepared.groups) == (80, 64, 2) and prepared.row_scale.shape == (80,)
+    assert torch.equal(prepared.codes, expected[0].flatten(0, 1))
+    assert torch.equal(prepared.block_scales, expected[1].flatten(0, 1))
+    with pytest.raises(ValueError) as error:
+        prepare_linear(codes, scales, torch.tensor([0.5]), [80], layout=Layout.PLAIN, groups=3, name=NAME)
+    assert_names(error, NAME, "N = 80", "3 groups")
 
 
 @pytest.mark.parametrize("global_scale", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]])])

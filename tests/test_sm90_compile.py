@@ -1,83 +1,87 @@
-"""Every shipped Hopper configuration compiles without a GPU, uses the tensor cores and spills nothing."""
+"""Every shipped Hopper kernel compiles without a GPU, uses the tensor cores and spills nothing."""
 
-import importlib.util
-import pathlib
-import re
-import shutil
-import site
+import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from cutedsl_nvfp4.tiles import Narrow, Wide, shipped
+from cutedsl_nvfp4 import compiled
+from cutedsl_nvfp4.sm90 import sass
+from cutedsl_nvfp4.sm90.compile import compile_linear
+from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
+from cutedsl_nvfp4.tiles import Narrow, Wide, choose, chosen, general, shipped
 
-HAS_DSL = importlib.util.find_spec("cutlass") is not None
-needs_dsl = pytest.mark.skipif(
-    not HAS_DSL, reason="nvidia-cutlass-dsl is not installed: nothing to compile with"
-)
-
-VARIANTS = [
-    (Narrow(8, 2, 2, 4, 8), torch.float32, torch.bfloat16, True),
-    (Wide(1, 64, 2, 4, 4), torch.float32, torch.float32, True),
-    (Wide(2, 128, 2, 4), torch.float32, torch.bfloat16, False),
-    (Wide(2, 256, 1, 5, persistent=True), torch.bfloat16, torch.float32, False),
-]
-CASES = [(config, torch.bfloat16, None, True) for config in shipped()] + VARIANTS
+COMPILE_KERNELS = Path(__file__).parent.parent / "scripts/compile_kernels"
 
 
-def tool(name: str) -> str:
-    """A CUDA binary tool from PATH or from its PyPI package; a test without it could not fail."""
-    found = shutil.which(name)
-    for folder in site.getsitepackages():
-        found = found or next((str(p) for p in pathlib.Path(folder).glob(f"nvidia/**/bin/{name}")), None)
-    if found is None:
-        pytest.skip(f"{name} is not installed (PyPI: nvidia-cuda-{name}): nothing to inspect the kernel with")
-    return found
-
-
-@needs_dsl
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_compiles_with_tensor_cores_and_without_spills(case, tmp_path):
-    from cutedsl_nvfp4.sm90.compile import compile_linear
-
-    disassembler, inspector = tool("nvdisasm"), tool("cuobjdump")
-    config, *types = case
-    compile_linear(config, *types, options=f"--keep-cubin --dump-dir {tmp_path}")
+@pytest.mark.parametrize("name", shipped_kernels())
+def test_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
+    arguments = shipped_kernels()[name]
+    compile_linear(*arguments, options=f"--keep-cubin --dump-dir {tmp_path}")
     (cubin,) = tmp_path.glob("*.cubin")
-    usage = subprocess.run(
-        [inspector, "-res-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    assert re.search(r"\bSTACK:0\b", usage) and re.search(r"\bLOCAL:0\b", usage), usage
-    sass = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-    instruction = (
-        r"\bHMMA\.16816\.F32\.BF16\b" if isinstance(config, Narrow) else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
+    assert sass.problems(cubin, arguments[0]) == []
+
+
+def test_wrong_machine_code_is_noticed(tmp_path):
+    """The reader of machine code can say no: this tile has twice the k blocks of the one it is taken for."""
+    compile_linear(Wide(1, 64, 2, 4), torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    wrong = sass.problems(cubin, Wide(1, 64, 1, 4))
+    assert wrong == ["8 tensor core instructions in the main loop instead of 4"]
+
+
+def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
+    """Exported and linked by scripts/compile_kernels, then loaded without anything being compiled."""
+    name = kernel_name(Narrow(), torch.bfloat16, False, True)
+    code = (
+        "import runpy, sys, torch; from cutedsl_nvfp4.sm90 import linear; from cutedsl_nvfp4.tiles import Narrow; "
+        f"linear.shipped_kernels = lambda: {{{name!r}: (Narrow(), torch.bfloat16, False, True)}}; "
+        f"sys.argv = ['compile_kernels', {str(tmp_path / 'sm_90a')!r}, '--jobs', '1', '--sass']; "
+        f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
     )
-    steps = 4 * config.blocks * (config.tokens // 8 if isinstance(config, Narrow) else 1)
-    assert len(re.findall(instruction, sass)) == steps
-    assert not re.search(r"\b(LDL|STL)\b", sass)
-    if isinstance(config, Wide):
-        waits = re.findall(r"WARPGROUP\.DEPBAR", sass)
-        assert len(waits) <= 3, "ptxas serialized the wgmmas: see the comment in WideLinear.accumulate"
-
-
-@needs_dsl
-def test_kernels_survive_the_trip_to_a_library(tmp_path):
-    """Ahead of time: exported, linked, loaded by name, without the DSL's compiler in the way."""
-    from cutedsl_nvfp4 import compiled
-    from cutedsl_nvfp4.sm90.compile import compile_linear
-
-    compiled.export(compile_linear(Narrow(), torch.bfloat16, None), "narrow", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["narrow.so"]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    manifest = json.loads((tmp_path / "sm_90a/manifest.json").read_text())
+    assert manifest["kernels"] == [name] and manifest["architecture"] == "sm_90a"
+    assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", f"{name}.so"]
+    monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
+    monkeypatch.setenv(compiled.FORBID_JIT, "1")
+    assert callable(compiled.compiled(name, lambda: pytest.fail("compiled although it is there")))
 
 
 def test_forbidden_compilation_names_the_kernel(monkeypatch, tmp_path):
-    from cutedsl_nvfp4 import compiled
-
     monkeypatch.setenv(compiled.FORBID_JIT, "1")
     monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
     with pytest.raises(RuntimeError, match="no compiled kernel missing_kernel"):
         compiled.compiled("missing_kernel", lambda: pytest.fail("compiled although forbidden"))
+
+
+# --- which tile for which problem ---
+
+PROBLEMS = [
+    (2048, 7168, 1), (65536, 1536, 1), (64, 4096, 1), (8192, 4096, 8), (128, 128, 2), (1024, 336, 4), (16384, 7168, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_every_choice_is_shipped_and_listed(problem, batch_invariant):
+    """Whatever the number of tokens: `chosen` lists the tile, and its kernel is compiled ahead of time."""
+    n, k, groups = problem
+    listed = chosen(n, k, groups, 8192, batch_invariant)
+    for m in (*range(1, 300), 511, 512, 513, 1000, 2048, 4095, 5000, 8192):
+        tile = choose(n, k, m, groups, batch_invariant)
+        assert tile in listed and tile in shipped(), m
+    for tile, m in listed.items():
+        assert choose(n, k, m, groups, batch_invariant) == tile
+
+
+def test_results_with_a_bias_or_ragged_rows_take_general_tiles():
+    taken = {choose(n, k, m, 1, False, plain=False) for n in (64, 8000) for k in (64, 8192) for m in (1, 500)}
+    assert taken == set(general())
 
 
 @pytest.mark.parametrize("config", shipped(), ids=str)

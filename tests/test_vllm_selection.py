@@ -175,6 +175,57 @@ def test_built_gpu_kernels_are_supported_and_listed(monkeypatch):
     assert not supported and "GPU kernels built: sm_90a, sm_100a" in reason
 
 
+# --- as on a Hopper GPU ---
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What this machine's platform says becomes an H200's."""
+    linear = support.linear
+    monkeypatch.setattr(support, "linear", lambda device_type, capability: linear("cuda", 90))
+
+
+@pytest.mark.parametrize("use_a16", [False, True])
+def test_hopper_linear_kernel_is_selected(hopper, use_a16):
+    kernel = select_linear(use_a16=use_a16)
+    assert type(kernel) is CuTeDSLNvFp4LinearKernel and kernel.support.layout is Layout.SM90
+    assert not kernel.quantize_activations and not kernel.batch_invariant
+
+
+def test_hopper_needs_compiled_kernels_or_the_compiler(monkeypatch, tmp_path):
+    find_spec = support.importlib.util.find_spec
+    monkeypatch.setattr(
+        support.importlib.util, "find_spec", lambda name: None if name == "cutlass" else find_spec(name)
+    )
+    monkeypatch.delenv("CUTEDSL_NVFP4_KERNELS", raising=False)
+    found = support.linear("cuda", 90)
+    assert not found and "nvidia-cutlass-dsl" in found.reason and "CUTEDSL_NVFP4_KERNELS" in found.reason
+    monkeypatch.setenv("CUTEDSL_NVFP4_KERNELS", str(tmp_path))
+    assert support.linear("cuda", 90)
+
+
+def test_hopper_refuses_w4a4_by_name(hopper, monkeypatch):
+    monkeypatch.setenv("CUTEDSL_NVFP4_ACTIVATIONS", "nvfp4")
+    with pytest.raises(ValueError, match="CUTEDSL_NVFP4_ACTIVATIONS=nvfp4: Hopper has no FP4 tensor cores"):
+        select_linear()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cutedsl"])
+def test_batch_invariance_is_ours_on_hopper(hopper, monkeypatch, backend):
+    monkeypatch.setattr(vllm_linear.envs, "VLLM_BATCH_INVARIANT", True)
+    kernel = select_linear(backend)
+    assert type(kernel) is CuTeDSLNvFp4LinearKernel and kernel.batch_invariant
+
+
+def test_batch_invariance_is_upstreams_elsewhere_and_where_it_is_asked_for(hopper, monkeypatch):
+    monkeypatch.setattr(vllm_linear.envs, "VLLM_BATCH_INVARIANT", True)
+    assert type(select_linear("emulation")) is EmulationNvFp4LinearKernel
+    monkeypatch.undo()  # a CPU again
+    monkeypatch.setattr(vllm_linear.envs, "VLLM_BATCH_INVARIANT", True)
+    assert not CuTeDSLNvFp4LinearKernel.supports_batch_invariance()
+    assert type(select_linear()) is EmulationNvFp4LinearKernel
+
+
 @pytest.mark.parametrize("operation", [support.linear, support.experts])
 def test_reference_is_supported_on_any_device(monkeypatch, operation):
     assert operation("cpu", None).layout is Layout.PLAIN
@@ -243,6 +294,7 @@ def test_unpatched_vllm(monkeypatch):
         ("CUTEDSL_NVFP4_IMPL", settings.implementation, "auto, reference"),
         ("CUTEDSL_NVFP4_ACTIVATIONS", settings.activations, "auto, bf16, nvfp4"),
         ("CUTEDSL_NVFP4_ACTIVATION_SCALE", settings.activation_scale, "checkpoint, warmup, dynamic"),
+        ("CUTEDSL_NVFP4_SELF_CHECK", settings.self_check, "on, off"),
     ],
 )
 def test_settings(monkeypatch, variable, read, choices):

@@ -4,7 +4,7 @@ Kernels are compiled against symbolic shapes, so one object serves every M, N an
 and through TVM FFI: the compiled function takes torch tensors, runs on torch's current stream and spends no
 time in Python. Compiling needs no GPU: the architecture is named, never detected.
 
-    CUTEDSL_NVFP4_KERNELS      folder with <name>.so made by `export`
+    CUTEDSL_NVFP4_KERNELS      folder of folders (one for each architecture) with <name>.so made by `export`
     CUTEDSL_NVFP4_FORBID_JIT   1: a kernel that is not there is an error, not a compilation
 """
 
@@ -37,10 +37,15 @@ def compiled(name: str, build: Callable[[], Callable]) -> Callable:
     return found
 
 
+def folder() -> pathlib.Path | None:
+    """The folder of kernels compiled ahead of time, where CUTEDSL_NVFP4_KERNELS names one."""
+    named = os.environ.get(KERNELS)
+    return pathlib.Path(named) if named else None
+
+
 def _load(name: str) -> Callable | None:
-    folder = os.environ.get(KERNELS)
-    path = pathlib.Path(folder) / f"{name}.so" if folder else None
-    if path is None or not path.exists():
+    path = next(folder().rglob(f"{name}.so"), None) if folder() else None
+    if path is None:
         return None
     _load_runtime()
     import tvm_ffi

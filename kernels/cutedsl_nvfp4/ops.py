@@ -13,6 +13,7 @@ import torch
 
 from . import reference, settings
 from .format import GROUP_SIZE, SCALE_DTYPE
+from .sm90 import linear as sm90_linear
 
 
 def _require_kernel(device: torch.device, op: str) -> None:
@@ -51,11 +52,23 @@ def nvfp4_linear(
     groups: int,
     quantize_activations: bool,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """x [M, groups * K] times the prepared weight [N, K] -> [M, N] of `out_dtype`.
 
-    With groups > 1, rows n of group g = n // (N / groups) see x[:, g*K : (g+1)*K] only.
+    With groups > 1, rows n of group g = n // (N / groups) see x[:, g*K : (g+1)*K] only. The dtype of `codes`
+    tells the layout they were prepared in. With `batch_invariant`, which only GPU kernels offer, a row's
+    result does not depend on the other rows.
     """
+    if codes.dtype == torch.int64:  # Layout.SM90
+        if quantize_activations:
+            raise ValueError("operands prepared for Hopper are multiplied in W4A16 only")
+        return sm90_linear.run(
+            x, codes, block_scales, row_scale, bias,
+            n=n, k=k, groups=groups, out_dtype=out_dtype, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if batch_invariant:
+        raise ValueError("the torch reference does not promise batch-invariant results")
     _check_linear(x, codes, row_scale, n, k, groups)
     _require_kernel(x.device, "nvfp4_linear")
     return reference.linear(
@@ -65,7 +78,8 @@ def nvfp4_linear(
 
 
 @nvfp4_linear.register_fake
-def _(x, codes, block_scales, row_scale, act_scale, bias, n, k, groups, quantize_activations, out_dtype):
+def _(x, codes, block_scales, row_scale, act_scale, bias, n, k, groups, quantize_activations, out_dtype,
+      batch_invariant=False):  # fmt: skip
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 

@@ -1,7 +1,7 @@
 """Checkpoint tensors -> kernel operands, once, at load.
 
-The operands are the layer's parameters from then on: nothing is kept twice. A layout that only permutes
-bytes does so into storage of the same size, so the extra memory while loading is one layer's weight.
+The operands are the layer's parameters from then on: nothing is kept twice. A layout that only permutes bytes
+does so in the checkpoint tensors' own storage, a chunk at a time; they must not be read afterwards.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .format import GROUP_SIZE, check_block_scales, check_global_scale, check_k
+from .sm90.layout import pack_in_place
 from .support import Layout
 
 
@@ -17,12 +18,15 @@ from .support import Layout
 class PreparedLinear:
     """Operands of one linear layer, logical weight [N, K]."""
 
-    codes: torch.Tensor  # uint8, N * K/2 bytes in `layout`
-    block_scales: torch.Tensor  # e4m3, N * K/16 in `layout`
+    codes: (
+        torch.Tensor
+    )  # PLAIN: uint8 [N, K/2]; SM90: int64 [P, KB, 256], each group's rows in panels of its own
+    block_scales: torch.Tensor  # PLAIN: e4m3 [N, K/16]; SM90: int32 [P, KB, 64]
     row_scale: torch.Tensor  # f32 [N], the global scale of each row's segment
     n: int
     k: int
     layout: Layout
+    groups: int = 1  # blocks on the diagonal of a block-diagonal weight
 
 
 @dataclass(frozen=True)
@@ -80,18 +84,26 @@ def prepare_linear(
     segment_sizes: Sequence[int],  # rows of each segment, summing to N
     *,
     layout: Layout,
+    groups: int = 1,
     name: str = "linear",
 ) -> PreparedLinear:
     """Validate one linear layer's checkpoint tensors and lay them out for `layout`'s kernel.
 
+    With `groups` > 1 the weight is block diagonal: rows of group g multiply the g-th K columns of x only.
     Raises ValueError naming `name`, the value and the remedy for a bad shape, dtype or scale.
     """
     n, k = _check_pair(codes, block_scales, name)
     row_scale = segment_row_scale(global_scales, segment_sizes, name)
     if row_scale.numel() != n:
         raise ValueError(f"{name}: segments of {list(segment_sizes)} rows do not add up to N = {n}")
-    assert layout is Layout.PLAIN, f"no linear preparation for layout {layout!r}"
-    return PreparedLinear(codes, block_scales, row_scale, n, k, layout)
+    if n % groups:
+        raise ValueError(f"{name}: N = {n} rows do not divide into {groups} groups")
+    if layout is Layout.SM90:
+        grouped = (t.view(groups, n // groups, -1) for t in (codes, block_scales))
+        codes, block_scales = (t.flatten(0, 1) for t in pack_in_place(*grouped))
+    else:
+        assert layout is Layout.PLAIN, f"no linear preparation for layout {layout!r}"
+    return PreparedLinear(codes, block_scales, row_scale, n, k, layout, groups)
 
 
 def prepare_experts(

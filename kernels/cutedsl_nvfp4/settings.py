@@ -27,6 +27,13 @@ class ActivationScale(StrEnum):
     DYNAMIC = "dynamic"  # per token, from the token itself
 
 
+class SelfCheck(StrEnum):
+    """CUTEDSL_NVFP4_SELF_CHECK: whether GPU kernels are compared with the reference before they serve."""
+
+    ON = "on"
+    OFF = "off"  # a quicker start, and no word if a kernel is wrong on this device
+
+
 def _read(variable: str, choices: type[StrEnum], default: StrEnum) -> StrEnum:
     value = os.environ.get(variable, default.value)
     try:
@@ -46,3 +53,7 @@ def activations() -> Activations:
 
 def activation_scale() -> ActivationScale:
     return _read("CUTEDSL_NVFP4_ACTIVATION_SCALE", ActivationScale, ActivationScale.CHECKPOINT)
+
+
+def self_check() -> SelfCheck:
+    return _read("CUTEDSL_NVFP4_SELF_CHECK", SelfCheck, SelfCheck.ON)

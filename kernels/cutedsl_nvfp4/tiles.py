@@ -146,16 +146,35 @@ def _check_shared(config: Config) -> None:
         )
 
 
-def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool) -> Config:
+def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bool = True) -> Config:
     """The configuration for out [m, n] with inner dimension k.
 
     Measured problems take what was fastest; others the rule of the nearest measured one (by ratio of n and
     of k). With `batch_invariant` the split of K depends on n and k alone and only the tokens of a tile on
-    m: a row's sums are then the same whatever the batch.
+    m: a row's sums are then the same whatever the batch. `plain` results have no bias and rows of whole
+    16-byte pieces, as all of DeepSeek-V4's; the others take one of four configurations, invariant too.
     """
+    if not plain:
+        return _general(n, k, m)
     if batch_invariant:
         return _invariant(n, k, m)
     return _measured(n, k, groups, min(m, 1 << 13))
+
+
+def chosen(
+    n: int, k: int, groups: int, max_tokens: int, batch_invariant: bool, plain: bool = True
+) -> dict[Config, int]:
+    """Every configuration `choose` takes for 1 .. max_tokens tokens, each with a number of tokens that takes it.
+
+    The numbers are small and, where they can be, odd: rules end at powers of two.
+    """
+    found: dict[Config, int] = {}
+    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+        config = choose(n, k, m, groups, batch_invariant, plain)
+        if config not in found:
+            odd = max(1, m - 1)
+            found[config] = odd if choose(n, k, odd, groups, batch_invariant, plain) == config else m
+    return found
 
 
 @cache
@@ -185,6 +204,16 @@ def _invariant(n: int, k: int, m: int) -> Wide:
     return Wide(1, tokens, 2, stages, split)
 
 
+def _general(n: int, k: int, m: int) -> Wide:
+    split = 4 if -(-n // PANEL_ROWS) < 48 and k > 2048 else 1
+    return Wide(1, 16, 2, 4, split) if m <= 16 else Wide(1, 128, 2, 3, split)
+
+
+def general() -> list[Wide]:
+    """Every configuration for results with a bias or ragged rows."""
+    return [_general(n, 4096, m) for n in (64, 8192) for m in (1, 64)]
+
+
 def shipped() -> list[Config]:
     """Every configuration `choose` can return, for ahead-of-time compilation."""
     from .measured import CONFIGS
@@ -195,4 +224,4 @@ def shipped() -> list[Config]:
         for c in CONFIGS
         if isinstance(c, Wide) and c.panels * c.multicast > 1
     ]
-    return list(dict.fromkeys([*CONFIGS, *invariant, *ungrouped]))
+    return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *ungrouped]))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from cutedsl_nvfp4 import ops
+from cutedsl_nvfp4.prepare import prepare_linear
 from cutedsl_nvfp4.reference import dequantize
-from cutedsl_nvfp4.sm90.layout import pack_linear
 from cutedsl_nvfp4.sm90.linear import run
+from cutedsl_nvfp4.support import Layout
 from cutedsl_nvfp4.tiles import Narrow, Wide
 
 pytestmark = [
@@ -15,6 +17,8 @@ pytestmark = [
         reason="needs a Hopper GPU (compute capability 9.0)",
     ),
 ]
+
+assert ops  # registers torch.ops.cutedsl
 
 NARROW = [Narrow(8, 2, 2, 4, 4), Narrow(16, 2, 2, 4, 1)]
 WIDE = [Wide(1, 64, 2, 4, 4), Wide(2, 128, 2, 4), Wide(2, 256, 1, 5, persistent=True, multicast=2)]
@@ -34,8 +38,9 @@ class Problem:
         scales.view(torch.uint8)[0, 0] = 0x80  # minus zero
         self.row_scale = torch.rand(n, device="cuda", generator=generator) + 0.5
         self.bias = None if bias is None else torch.randn(n, device="cuda", generator=generator).to(bias)
-        self.packed = pack_linear(codes, scales)
         self.weight = dequantize(codes, scales).double()
+        prepared = prepare_linear(codes, scales, self.row_scale, [1] * n, layout=Layout.SM90, groups=groups)
+        self.packed = prepared.codes, prepared.block_scales
         self.generator = generator
 
     def tokens(self, m: int) -> torch.Tensor:
@@ -99,8 +104,6 @@ def test_ragged_shapes(config, n, k):
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("bias", [None, torch.bfloat16, torch.float32], ids=str)
 def test_results_and_bias(config, out_dtype, bias):
-    if bias == torch.float32 and out_dtype == torch.float32:
-        bias = torch.bfloat16
     problem = Problem(512, 1024, bias=bias, seed=5)
     for m in (5, 200):
         x = problem.tokens(m)
@@ -115,6 +118,29 @@ def test_groups(config):
         for m in (4, 100):
             x = problem.tokens(m)
             check(problem.run(x, config=config), problem.exact(x))
+
+
+@pytest.mark.parametrize("rows", [32, 40, 100])
+@pytest.mark.parametrize("bias", [None, torch.bfloat16], ids=str)
+def test_groups_that_do_not_fill_their_panels(rows, bias):
+    problem = Problem(4 * rows, 256, groups=4, bias=bias, seed=rows)
+    for m in (1, 70):
+        x = problem.tokens(m)
+        check(problem.run(x), problem.exact(x))
+
+
+def test_the_op_dispatches_on_the_layout():
+    problem = Problem(256, 128, groups=2, seed=3)
+    x = problem.tokens(9)
+    for invariant in (False, True):
+        out = torch.ops.cutedsl.nvfp4_linear(
+            x, *problem.packed, problem.row_scale, None, None, 256, 128, 2, False, torch.float32, invariant
+        )
+        check(out, problem.exact(x))
+    with pytest.raises(ValueError, match="W4A16 only"):
+        torch.ops.cutedsl.nvfp4_linear(
+            x, *problem.packed, problem.row_scale, None, None, 256, 128, 2, True, torch.bfloat16
+        )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -216,5 +242,7 @@ def test_refuses_operands_that_do_not_fit():
         problem.run(x[:, :128])
     with pytest.raises(ValueError, match="codes must be int64"):
         problem.run(x, n=192)
-    with pytest.raises(ValueError, match="rows of a group"):
-        problem.run(problem.tokens(2).repeat(1, 4), groups=4)
+    with pytest.raises(ValueError, match="do not divide into 3 groups"):
+        problem.run(problem.tokens(2).repeat(1, 3), groups=3)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        problem.run(x, out=torch.empty(2, 64, device="cuda", dtype=torch.bfloat16))

@@ -20,7 +20,7 @@ _CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
 def compile_linear(
     config: Config,
     out_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
+    has_bias: bool = False,
     aligned_rows: bool = True,
     options: str = "",
 ) -> Callable:
@@ -38,12 +38,12 @@ def compile_linear(
         cutlass.Int32, (panels, blocks, SCALE_WORDS), stride_order=(2, 1, 0), assumed_align=16
     )
     row_scale = make_fake_compact_tensor(cutlass.Float32, (n,), assumed_align=4)
-    bias = make_fake_compact_tensor(_CUTE_TYPE[bias_dtype or torch.float32], (n,), assumed_align=2)
+    bias = make_fake_compact_tensor(cutlass.Float32, (n,), assumed_align=4)
     out = make_fake_compact_tensor(_CUTE_TYPE[out_dtype], (m, n), stride_order=(1, 0), assumed_align=16)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     if isinstance(config, Narrow):
-        kernel, numbers = NarrowLinear(config, bias_dtype is not None), 3
+        kernel, numbers = NarrowLinear(config, has_bias), 3
     else:
-        kernel, numbers = WideLinear(config, bias_dtype is not None, aligned_rows), 5
+        kernel, numbers = WideLinear(config, has_bias, aligned_rows), 5
     arguments = (x, codes, scales, row_scale, bias, out, *(cutlass.Int32(1),) * numbers, stream)
     return compile_kernel(kernel, *arguments, arch=ARCH, options=options)

@@ -22,6 +22,7 @@ PANEL_ROWS = 64
 BLOCK_K = 64
 CODE_WORDS = PANEL_ROWS * BLOCK_K // 16  # int64 a block
 SCALE_WORDS = PANEL_ROWS * BLOCK_K // 64  # int32 a block
+CHUNK = 1 << 23  # weights that `pack_in_place` works on at a time, some 25 bytes each
 
 _E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _SCALE_BYTES = torch.tensor([scale_byte(v) if v > 0 else 0 for v in _E4M3_VALUES.tolist()], dtype=torch.uint8)
@@ -69,6 +70,38 @@ def pack_linear(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.
     order = (*range(b), b, b + 4, b + 1, b + 3, b + 5, b + 2, b + 6)
     scale_words = scales.permute(order).contiguous().flatten(b + 2).view(torch.int32).to(torch.int64)
     return packed_codes, _as_int32(pack_scales(scale_words & 0xFFFFFFFF))
+
+
+def pack_in_place(
+    codes: torch.Tensor, block_scales: torch.Tensor, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pack_linear`, `chunk` weights at a time, into the operands' own storage where N and K fill whole blocks.
+
+    The operands are overwritten then, and nothing but one chunk is allocated; ragged ones are packed into new,
+    padded storage and left alone. Raises as `pack_linear` does, before anything is written for the first chunk.
+    """
+    *batch, n, half = codes.shape
+    panels, blocks = packed_shape(n, 2 * half)
+    code_shape, scale_shape = (*batch, panels, blocks, CODE_WORDS), (*batch, panels, blocks, SCALE_WORDS)
+    whole = n % PANEL_ROWS == 0 and 2 * half % BLOCK_K == 0
+    if whole and codes.is_contiguous() and block_scales.is_contiguous():
+        packed = codes.view(torch.int64).view(code_shape), block_scales.view(torch.int32).view(scale_shape)
+    else:
+        packed = (
+            codes.new_empty(code_shape, dtype=torch.int64),
+            codes.new_empty(scale_shape, dtype=torch.int32),
+        )
+    sources = codes.reshape(-1, n, half), block_scales.reshape(-1, n, block_scales.shape[-1])
+    targets = tuple(t.view(-1, panels, blocks, t.shape[-1]) for t in packed)
+    rows = min(n, max(PANEL_ROWS, chunk // (2 * half) // PANEL_ROWS * PANEL_ROWS))
+    matrices = max(1, chunk // (2 * half * n)) if rows == n else 1
+    for matrix in range(0, len(sources[0]), matrices):
+        for row in range(0, n, rows):
+            some = pack_linear(*(s[matrix : matrix + matrices, row : row + rows] for s in sources))
+            first = row // PANEL_ROWS
+            for target, result in zip(targets, some, strict=True):
+                target[matrix : matrix + matrices, first : first + result.shape[1]] = result
+    return packed
 
 
 def _as_int32(words: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ Measured on an H200: 65536 x 1536 at M = 1 in 19.0 us, 3.0 TB/s of weights; quac
     codes      [P, KB, 256]         int64      sm90/layout.py
     scales     [P, KB, 64]          int32      sm90/layout.py
     row_scale  [N]                  f32
-    bias       [N]                  f32, bf16  optional
+    bias       [N]                  f32        optional
     out        [M, N]               bf16, f32  row-major
 
 Roles per CTA (one panel of 64 rows x `tokens`)
@@ -338,5 +338,5 @@ class NarrowLinear:
                     for v in cutlass.range_constexpr(2):
                         value = total[v] * scale
                         if cutlass.const_expr(self.has_bias):
-                            value = value + mBias[n].to(Float32)
+                            value = value + mBias[n]
                         store_output(mOut, m + v, n, value)

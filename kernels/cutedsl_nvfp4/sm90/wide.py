@@ -8,7 +8,7 @@ operand in shared memory. One m64nNk16 wgmma consumes one NVFP4 group, so a weig
     codes      [P, KB, 256]         int64      sm90/layout.py
     scales     [P, KB, 64]          int32      sm90/layout.py
     row_scale  [N]                  f32
-    bias       [N]                  f32, bf16  optional
+    bias       [N]                  f32        optional
     out        [M, N]               bf16, f32  row-major
 
 Measured on an H200: 731 TFLOP/s at 7168 x 16384, M = 2048, where a large cuBLAS bf16 product ran at 720 to
@@ -469,7 +469,7 @@ class WideLinear:
             if n < mOut.shape[1]:
                 factor[h] = mRowScale[n] * Float32(EPILOGUE_SCALE)
                 if cutlass.const_expr(self.has_bias):
-                    offset[h] = mBias[n].to(Float32)
+                    offset[h] = mBias[n]
         buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
         matrix = lane // 8
         matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
@@ -561,5 +561,5 @@ class WideLinear:
                         for i in cutlass.range_constexpr(2):
                             value = total[2 * h + i] * scale
                             if cutlass.const_expr(self.has_bias):
-                                value = value + mBias[n].to(Float32)
+                                value = value + mBias[n]
                             store_output(mOut, m + i, n, value)

@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import Module, Parameter
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
@@ -43,8 +44,8 @@ def _prepare(layer: Module, layout: support.Layout) -> PreparedLinear:
     """`layer`'s checkpoint parameters, checked, as operands of `layout`; refuses a second time."""
     refuse_second_preparation(layer, layer.prefix)
     return prepare_linear(
-        layer.weight.data, layer.weight_scale.data, layer.segment_global_scales.data,
-        layer.logical_widths, layout=layout, name=layer.prefix,
+        layer.weight.data, layer.weight_scale.data, layer.segment_global_scales.data, layer.logical_widths,
+        layout=layout, groups=layer.bmm_batch_size if getattr(layer, "is_bmm", False) else 1, name=layer.prefix,
     )  # fmt: skip
 
 
@@ -68,6 +69,12 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
             refuse_unsupported(vllm_config, type(self).__name__)
         self.support = current_support(support.linear)
         self.quantize_activations = support.quantizes_activations(self.support.layout)
+        self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self.supports_batch_invariance()
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Whether rows can be computed independently of the batch on this platform (nvfp4-linear-kernel-list)."""
+        return current_support(support.linear).layout is support.Layout.SM90
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -79,6 +86,12 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
 
     @classmethod
     def can_implement(cls, config: NvFp4LinearLayerConfig) -> tuple[bool, str | None]:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None or vllm_config.model_config is None:
+            return True, None
+        dtype = vllm_config.model_config.dtype
+        if current_support(support.linear).layout is support.Layout.SM90 and dtype != torch.bfloat16:
+            return False, f"the Hopper kernel multiplies bfloat16 activations, --dtype is {dtype}"
         return True, None
 
     def process_weights_after_loading(self, layer: Module) -> None:
@@ -87,8 +100,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
         replace_parameter(layer, "weight", prepared.codes)
         replace_parameter(layer, "weight_scale", prepared.block_scales)
         layer.row_scale = Parameter(prepared.row_scale, requires_grad=False)
-        layer.nvfp4_n, layer.nvfp4_k = prepared.n, prepared.k
-        layer.nvfp4_groups = layer.bmm_batch_size if getattr(layer, "is_bmm", False) else 1
+        layer.nvfp4_n, layer.nvfp4_k, layer.nvfp4_groups = prepared.n, prepared.k, prepared.groups
         layer.act_scales = None
         layer.act_scale = None
         if self.quantize_activations:
@@ -115,7 +127,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
             flat, layer.weight, layer.weight_scale, layer.row_scale, layer.act_scale, bias,
             layer.nvfp4_n, layer.nvfp4_k, layer.nvfp4_groups,
             self.quantize_activations and not observing,
-            getattr(layer, "nvfp4_out_dtype", x.dtype),
+            getattr(layer, "nvfp4_out_dtype", x.dtype), self.batch_invariant,
         )  # fmt: skip
         return out.view(*x.shape[:-1], layer.nvfp4_n)
 

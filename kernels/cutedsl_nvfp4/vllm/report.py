@@ -65,6 +65,7 @@ def collect(model: Module) -> dict:
         "vllm_version": vllm.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "activations": "+".join(sorted(activations)) or "none of ours",
+        "self_check": getattr(model, "nvfp4_self_check", {"verdict": "not run"}),
         "layers": rows,
         "summary": dict(Counter(row["kernel"] for row in rows)),
     }
