@@ -1,0 +1,134 @@
+"""torch.ops.cutedsl.*: the opaque ops every layer calls. Tensors and numbers in, tensors out.
+
+    nvfp4_linear    out[m, n] = act_scale[m] * row_scale[n] * sum_k x'[m, k] w[n, k] + bias[n]
+    nvfp4_experts   out[m] = sum_t topk_weights[m, t] * w2 @ swiglu(w1 @ x, w3 @ x) of expert topk_ids[m, t]
+    nvfp4_quantize  x -> (codes, block_scales)
+
+x' is x (W4A16), or with `quantize_activations` x rounded to NVFP4 (W4A4) with global scale `act_scale`,
+per token where act_scale is None. Weights are the operands prepare.py made for the same device. An op
+never mutates, allocates nothing but its result and scratch, and keeps no state between calls.
+"""
+
+import torch
+
+from . import reference, settings
+from .format import GROUP_SIZE, SCALE_DTYPE
+from .sm90 import linear as sm90_linear
+
+
+def _require_kernel(device: torch.device, op: str) -> None:
+    """Raise unless the torch reference may serve `device`; GPU kernels dispatch before this."""
+    if device.type == "cpu" or settings.implementation() is settings.Implementation.REFERENCE:
+        return
+    raise RuntimeError(
+        f"cutedsl::{op} has no kernel for {device}; vLLM should have selected another kernel. "
+        f"CUTEDSL_NVFP4_IMPL=reference runs the slow torch reference"
+    )
+
+
+def _check_linear(
+    x: torch.Tensor, codes: torch.Tensor, row_scale: torch.Tensor, n: int, k: int, groups: int
+) -> None:
+    if x.dim() != 2 or x.shape[1] != groups * k:
+        raise ValueError(f"x must be [M, {groups} * {k}], got {tuple(x.shape)}")
+    if n % groups:
+        raise ValueError(f"N = {n} rows do not divide into {groups} groups")
+    if codes.numel() != n * k // 2 or row_scale.shape != (n,):
+        raise ValueError(
+            f"codes {tuple(codes.shape)} and row_scale {tuple(row_scale.shape)} do not belong to N = {n}, K = {k}"
+        )
+
+
+@torch.library.custom_op("cutedsl::nvfp4_linear", mutates_args=())
+def nvfp4_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    block_scales: torch.Tensor,
+    row_scale: torch.Tensor,
+    act_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    k: int,
+    groups: int,
+    quantize_activations: bool,
+    out_dtype: torch.dtype,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x [M, groups * K] times the prepared weight [N, K] -> [M, N] of `out_dtype`.
+
+    With groups > 1, rows n of group g = n // (N / groups) see x[:, g*K : (g+1)*K] only. The dtype of `codes`
+    tells the layout they were prepared in. With `batch_invariant`, which only GPU kernels offer, a row's
+    result does not depend on the other rows.
+    """
+    if codes.dtype == torch.int64:  # Layout.SM90
+        if quantize_activations:
+            raise ValueError("operands prepared for Hopper are multiplied in W4A16 only")
+        return sm90_linear.run(
+            x, codes, block_scales, row_scale, bias,
+            n=n, k=k, groups=groups, out_dtype=out_dtype, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if batch_invariant:
+        raise ValueError("the torch reference does not promise batch-invariant results")
+    _check_linear(x, codes, row_scale, n, k, groups)
+    _require_kernel(x.device, "nvfp4_linear")
+    return reference.linear(
+        x, codes, block_scales, row_scale, act_scale, bias,
+        quantize_activations=quantize_activations, groups=groups, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+@nvfp4_linear.register_fake
+def _(x, codes, block_scales, row_scale, act_scale, bias, n, k, groups, quantize_activations, out_dtype,
+      batch_invariant=False):  # fmt: skip
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
+
+
+@torch.library.custom_op("cutedsl::nvfp4_experts", mutates_args=())
+def nvfp4_experts(
+    x: torch.Tensor,
+    w13_codes: torch.Tensor,
+    w13_block_scales: torch.Tensor,
+    w13_row_scale: torch.Tensor,
+    w2_codes: torch.Tensor,
+    w2_block_scales: torch.Tensor,
+    w2_row_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    act_scale_13: torch.Tensor | None,
+    act_scale_2: torch.Tensor | None,
+    expert_map: torch.Tensor | None,
+    quantize_activations: bool,
+    swiglu_limit: float | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """x [M, H] through its top-k prepared experts -> [M, H] of `out_dtype`; see reference.experts."""
+    if x.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"x must be [M, H] and topk_ids, topk_weights [M, T], got {tuple(x.shape)}, "
+            f"{tuple(topk_ids.shape)}, {tuple(topk_weights.shape)}"
+        )
+    _require_kernel(x.device, "nvfp4_experts")
+    return reference.experts(
+        x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale,
+        topk_weights, topk_ids, act_scale_13, act_scale_2, expert_map,
+        quantize_activations=quantize_activations, swiglu_limit=swiglu_limit, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+@nvfp4_experts.register_fake
+def _(x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale, topk_weights,
+      topk_ids, act_scale_13, act_scale_2, expert_map, quantize_activations, swiglu_limit, out_dtype):  # fmt: skip
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+@torch.library.custom_op("cutedsl::nvfp4_quantize", mutates_args=())
+def nvfp4_quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [M, K], global_scale f32 [1] or [M] -> (codes uint8 [M, K/2], block_scales e4m3 [M, K/16])."""
+    _require_kernel(x.device, "nvfp4_quantize")
+    return reference.quantize(x, global_scale.reshape(-1, 1))
+
+
+@nvfp4_quantize.register_fake
+def _(x, global_scale):
+    codes = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8)
+    return codes, x.new_empty((x.shape[0], x.shape[1] // GROUP_SIZE), dtype=SCALE_DTYPE)

@@ -1,0 +1,352 @@
+"""GPU kernels prove themselves on the device they find, before they serve.
+
+    stage one   every kernel the server will use, on small synthetic operands, in a child process with a time
+                limit: an illegal address or a deadlock costs the child, not the server's CUDA context
+    stage two   the layers' own operands, in the serving process, at every tile the server will use
+
+Each product is written over NaN, so that what no CTA stored shows, and compared in float64 with the weight
+decoded by layout.unpack_linear. A failure names layer, shape, kernel and error. Nothing stays allocated.
+
+    python3 -m cutedsl_nvfp4.selfcheck < REQUEST.json        stage one's child; see `serve_child`
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .format import GROUP_SIZE, SCALE_DTYPE
+from .prepare import PreparedLinear, prepare_linear
+from .reference import dequantize
+from .sm90 import linear as sm90_linear
+from .sm90.layout import PANEL_ROWS, unpack_linear
+from .support import Layout
+from .tiles import Config, chosen
+
+PANELS = 8  # weight panels a product is compared on: the first, the last and random ones
+TOKENS = 64  # rows of x it is compared on
+BF16_LIMIT = 1.5  # times the error of rounding the exact product to bf16
+F32_LIMIT = 2e-5  # relative, of a float32 result
+START_SECONDS = 120.0  # for the child to import torch and reach the device
+COMPILE_SECONDS = 120.0  # for one kernel that was not compiled ahead of time
+RUN_SECONDS = 20.0  # for one kernel's products; they take milliseconds
+ANSWER = "self-check: "  # how a child's lines begin
+
+
+class SelfCheckFailed(RuntimeError):
+    """A kernel is wrong, crashed or hung; the message says which and how."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer with prepared operands (Layout.SM90)."""
+
+    name: str
+    operands: PreparedLinear
+    out_dtype: torch.dtype
+    bias: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple:
+        return self.operands.n, self.operands.k, self.operands.groups, self.out_dtype, self.bias is not None
+
+    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[Config, int]:
+        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
+        return chosen(
+            *self._problem(), max_tokens, batch_invariant, plain=self.bias is None and self._aligned()
+        )
+
+    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
+        """Names of the kernels behind `tiles`."""
+        tiles = self.tiles(max_tokens, batch_invariant)
+        has_bias, aligned = self.bias is not None, self._aligned()
+        return [sm90_linear.kernel_name(tile, self.out_dtype, has_bias, aligned) for tile in tiles]
+
+    def _problem(self) -> tuple[int, int, int]:
+        """(rows, K, groups) as the kernel sees them: with the padding between groups."""
+        weight = self.operands
+        return (
+            (weight.codes.shape[0] * PANEL_ROWS if weight.groups > 1 else weight.n),
+            weight.k,
+            weight.groups,
+        )
+
+    def _aligned(self) -> bool:
+        return self._problem()[0] * self.out_dtype.itemsize % 16 == 0
+
+
+# (x, layer, tile, out) -> None, writes out
+Multiply = Callable[[torch.Tensor, Layer, Config, torch.Tensor], None]
+
+
+@dataclass
+class Report:
+    """What was checked, for the log and for GET /kernels."""
+
+    kernels: int = 0
+    layers: int = 0
+    products: int = 0
+    worst_error: float = 0.0  # over the limit
+    seconds: float = 0.0
+
+    def add(self, error: float) -> None:
+        self.products += 1
+        self.worst_error = max(self.worst_error, error)
+
+    def as_dict(self) -> dict:
+        return {
+            "verdict": "passed",
+            "kernels": self.kernels,
+            "layers": self.layers,
+            "products": self.products,
+            "worst_error_over_limit": round(self.worst_error, 4),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def multiply(x: torch.Tensor, layer: Layer, tile: Config, out: torch.Tensor) -> None:
+    """The product as the op computes it, with one tile."""
+    weight = layer.operands
+    sm90_linear.run(
+        x, weight.codes, weight.block_scales, weight.row_scale, layer.bias,
+        n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
+    )  # fmt: skip
+
+
+def _pick(count: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
+    """`wanted` different indices below `count`, ascending; the first and the last among them."""
+    if count <= wanted:
+        return torch.arange(count)
+    inner = torch.randperm(count - 2, generator=generator)[: wanted - 2] + 1
+    return torch.cat([torch.tensor([0, count - 1]), inner]).sort().values
+
+
+def _exact(
+    x: torch.Tensor, layer: Layer, panels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows n [R] of `panels`, their products with x in float64 [T, R], what size these have by chance [R])."""
+    weight = layer.operands
+    codes, scales = weight.codes[panels], weight.block_scales[panels]
+    plain = unpack_linear(codes, scales, PANEL_ROWS * len(panels), weight.k)
+    values = dequantize(*plain, dtype=torch.float64).view(-1, PANEL_ROWS, weight.k)
+    panels_per_group = weight.codes.shape[0] // weight.groups
+    rows_per_group = weight.n // weight.groups
+    group = panels // panels_per_group
+    row = (panels % panels_per_group * PANEL_ROWS).unsqueeze(1) + torch.arange(PANEL_ROWS, device=x.device)
+    real = row < rows_per_group  # the rest is padding
+    n = ((group * rows_per_group).unsqueeze(1) + row)[real]
+    tokens = x.double().view(len(x), weight.groups, weight.k)[:, group]
+    row_scale = weight.row_scale[n].double()
+    exact = torch.einsum("tpk,prk->tpr", tokens, values)[:, real] * row_scale
+    size = values.norm(dim=-1)[real] * row_scale
+    if layer.bias is not None:
+        bias = layer.bias[n].double()
+        exact, size = exact + bias, size + bias.abs()
+    return n, exact, torch.where(size > 0, size, torch.ones_like(size))
+
+
+def check_product(
+    layer: Layer, m: int, tile: Config, generator: torch.Generator, multiply: Multiply = multiply
+) -> float:
+    """Multiply m random tokens by `layer` with `tile` -> the error over its limit, at most 1.
+
+    `generator` is the CPU's. Raises SelfCheckFailed for a result that is not finite or too far from the
+    float64 product.
+    """
+    weight = layer.operands
+    device = weight.codes.device
+    seed = int(torch.randint(1 << 31, (), generator=generator))
+    x = torch.randn(
+        m, weight.groups * weight.k, device=device, generator=torch.Generator(device).manual_seed(seed)
+    ).to(torch.bfloat16)
+    out = torch.full((m, weight.n), float("nan"), device=device, dtype=layer.out_dtype)
+    multiply(x, layer, tile, out)
+    finite = torch.isfinite(out)
+    if not bool(finite.all()):
+        missing = (~finite).nonzero()
+        raise SelfCheckFailed(
+            f"{len(missing)} of {out.numel()} results were not written or are not finite, the first at "
+            f"[m, n] = {missing[0].tolist()}"
+        )
+    tokens = _pick(m, TOKENS, generator).to(device)
+    rows, exact, size = _exact(x[tokens], layer, _pick(weight.codes.shape[0], PANELS, generator).to(device))
+    # over their size, or rows with a small global scale would not count
+    off = (out[tokens][:, rows].double() - exact) / size
+    norm = (exact / size).norm()
+    error = float(off.norm() / norm)
+    limit = F32_LIMIT
+    if layer.out_dtype != torch.float32:
+        limit = BF16_LIMIT * float(((exact.to(layer.out_dtype).double() - exact) / size).norm() / norm)
+    if not error <= limit:
+        worst = int(rows[off.norm(dim=0).argmax()])
+        raise SelfCheckFailed(f"relative error {error:.3g}, allowed {limit:.3g}; row {worst} is furthest off")
+    return error / limit
+
+
+# --- stage one: in a child process ---
+
+
+def synthetic(
+    n: int, k: int, out_dtype: torch.dtype, has_bias: bool, device: torch.device, generator: torch.Generator
+) -> Layer:
+    """A layer of random operands: every code, scales from 2^-6 to 448 and zero, a global scale for each row."""
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(8, 127, (n, k // GROUP_SIZE), dtype=torch.uint8, generator=generator)
+    scales[torch.rand(scales.shape, generator=generator) < 0.02] = 0
+    global_scales = torch.rand(n, generator=generator) + 0.5
+    operands = prepare_linear(
+        codes.to(device), scales.view(SCALE_DTYPE).to(device), global_scales.to(device), [1] * n,
+        layout=Layout.SM90, name="synthetic",
+    )  # fmt: skip
+    bias = torch.randn(n, generator=generator).to(device) * 1000 if has_bias else None
+    return Layer("synthetic", operands, out_dtype, bias)
+
+
+def check_kernel(name: str, device: torch.device, multiply: Multiply = multiply) -> float:
+    """One of sm90.linear.shipped_kernels on small ragged problems -> the worst error over its limit."""
+    tile, out_dtype, has_bias, aligned = sm90_linear.shipped_kernels()[name]
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for panels, k in ((3, 17 * 64 + 16), (5, 80)):
+        n = panels * PANEL_ROWS + (8 if aligned else 3)
+        layer = synthetic(n, k, out_dtype, has_bias, device, generator)
+        for m in (1, 2 * tile.tokens + 3):
+            worst = max(worst, check_product(layer, m, tile, generator, multiply))
+    return worst
+
+
+def serve_child(multiply: Multiply = multiply) -> None:
+    """Read {"device": str, "kernels": [name]} from stdin; answer one line a step: {"phase", "kernel", "error"}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
+
+    def say(**line: object) -> None:
+        print(ANSWER + json.dumps(line), file=answers, flush=True)
+
+    request = json.load(sys.stdin)
+    device = torch.device(request["device"])
+    torch.zeros(1, device=device)
+    say(phase="started")
+    for name in request["kernels"]:
+        if device.type == "cuda":
+            sm90_linear.load(name)
+        say(phase="loaded", kernel=name)
+        say(phase="checked", kernel=name, error=check_kernel(name, device, multiply))
+    say(phase="done")
+
+
+CHILD = (sys.executable, "-m", "cutedsl_nvfp4.selfcheck")
+
+
+def _lines(stream) -> queue.Queue:
+    """What `stream` says, line by line as it comes; None at its end."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def check_in_child(kernels: list[str], device: str, command: tuple[str, ...] = CHILD) -> list[float]:
+    """Stage one for `kernels` -> the errors over their limits; SelfCheckFailed if one is wrong, crashes or hangs."""
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    answers, complaints = _lines(child.stdout), _lines(child.stderr)
+    errors: list[float] = []
+    doing, seconds = "starting", START_SECONDS
+    try:
+        try:
+            child.stdin.write(json.dumps({"device": device, "kernels": kernels}))
+            child.stdin.close()
+        except BrokenPipeError:
+            pass  # it died before it read all: its status tells
+        while (line := answers.get(timeout=seconds)) is not None:
+            if not line.startswith(ANSWER):
+                continue  # printed by a library
+            answer = json.loads(line.removeprefix(ANSWER))
+            if answer["phase"] == "loaded":
+                doing, seconds = f"running {answer['kernel']}", RUN_SECONDS
+                continue
+            if answer["phase"] == "checked":
+                errors.append(answer["error"])
+            if len(errors) < len(kernels):
+                doing, seconds = f"loading {kernels[len(errors)]}", COMPILE_SECONDS
+            else:
+                doing, seconds = "ending", RUN_SECONDS
+    except queue.Empty:
+        raise SelfCheckFailed(f"{doing}: no answer for {seconds:.0f} s: it hangs") from None
+    finally:
+        child.kill()  # of no effect on one that has ended
+        status = child.wait()
+    if errors[len(kernels) :] or len(errors) < len(kernels):
+        said = [line for line in iter(lambda: complaints.get(timeout=5), None) if line.strip()]
+        reason = said[-1].strip() if said else "without a word"
+        raise SelfCheckFailed(f"{doing}: the child process ended with status {status}: {reason}")
+    return errors
+
+
+# --- stage two: in the serving process ---
+
+
+def products(
+    layers: list[Layer], max_tokens: int, batch_invariant: bool
+) -> Iterator[tuple[Layer, Config, int]]:
+    """(layer, tile, tokens): every tile on the first layer of a shape, two on each of the others, in turn."""
+    seen: dict[tuple, int] = {}
+    for layer in layers:
+        tiles = list(layer.tiles(max_tokens, batch_invariant).items())
+        turn = seen.get(layer.shape, 0)
+        seen[layer.shape] = turn + 1
+        if turn:
+            tiles = [tiles[(2 * turn + i) % len(tiles)] for i in range(min(2, len(tiles)))]
+        for tile, m in tiles:
+            yield layer, tile, m
+
+
+def check_layers(
+    layers: list[Layer], max_tokens: int, batch_invariant: bool, report: Report, multiply: Multiply = multiply
+) -> None:
+    """Stage two, noted in `report`. Raises SelfCheckFailed naming layer, shape, tile and error."""
+    generator = torch.Generator().manual_seed(time.time_ns() % (1 << 31))
+    for layer, tile, m in products(layers, max_tokens, batch_invariant):
+        try:
+            report.add(check_product(layer, m, tile, generator, multiply))
+        except SelfCheckFailed as failure:
+            n, k, groups, out_dtype, _ = layer.shape
+            raise SelfCheckFailed(
+                f"{layer.name} (N = {n}, K = {k}, groups = {groups}, M = {m}, {out_dtype}, {tile}): {failure}"
+            ) from None
+    report.layers += len(layers)
+
+
+def check(
+    layers: list[Layer], max_tokens: int, batch_invariant: bool, command: tuple[str, ...] = CHILD
+) -> Report:
+    """Both stages for the layers of one rank -> what was checked. Raises SelfCheckFailed."""
+    report, started = Report(), time.monotonic()
+    if layers:
+        kernels = list(
+            dict.fromkeys(name for layer in layers for name in layer.kernels(max_tokens, batch_invariant))
+        )
+        for error in check_in_child(kernels, str(layers[0].operands.codes.device), command):
+            report.add(error)
+        report.kernels = len(kernels)
+        check_layers(layers, max_tokens, batch_invariant, report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+if __name__ == "__main__":
+    serve_child()

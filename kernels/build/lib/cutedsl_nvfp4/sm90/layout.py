@@ -1,0 +1,140 @@
+"""Weights as the Hopper kernels read them: blocks of 64 rows x 64 k, each contiguous, panels of 64 rows.
+
+    codes   int64 [..., P, KB, 256]   P = ceil(N / 64) panels, KB = ceil(K / 64) blocks, 2048 bytes a block
+    scales  int32 [..., P, KB, 64]    256 bytes a block
+
+Inside a block, with row = 16 * w + 8 * h + r (w < 4 warps, h < 2, r < 8) and k = 16 * j + 8 * p + 2 * c + i
+(j < 4 groups, p < 2, c < 4 lanes, i < 2):
+
+    code word    [w][lane = 4 * r + c][j]   uint32, its register 2 * p + h holds k = (.., i = 0) and (.., i = 1)
+    scale word   [w][r][j // 2], four bytes [h][j % 2] before rotation
+
+That is the A operand of `mma.m16n8k16` and `wgmma.m64nNk16`: a thread reads 16 bytes of codes and 8 bytes
+of scales for four k16 steps. Rows beyond N and k beyond K are zero, so kernels mask nothing but the store.
+"""
+
+import torch
+
+from ..format import check_block_scales, check_k, pack_codes, unpack_codes
+from .decode import SCALE_ROTATION, pack_scales, pack_word, place_code, rotate_right, scale_byte, unpack_word
+
+PANEL_ROWS = 64
+BLOCK_K = 64
+CODE_WORDS = PANEL_ROWS * BLOCK_K // 16  # int64 a block
+SCALE_WORDS = PANEL_ROWS * BLOCK_K // 64  # int32 a block
+CHUNK = 1 << 23  # weights that `pack_in_place` works on at a time, some 25 bytes each
+
+_E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+_SCALE_BYTES = torch.tensor([scale_byte(v) if v > 0 else 0 for v in _E4M3_VALUES.tolist()], dtype=torch.uint8)
+
+
+def packed_shape(n: int, k: int) -> tuple[int, int]:
+    """(panels, k blocks) of a packed [n, k] weight."""
+    return -(-n // PANEL_ROWS), -(-k // BLOCK_K)
+
+
+def pack_linear(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checkpoint weight -> (codes int64 [..., P, KB, 256], scales int32 [..., P, KB, 64]).
+
+    codes uint8 [..., N, K/2] and block_scales e4m3 [..., N, K/16] as in format.py, on any device. Codes of
+    groups whose scale is zero become zero. Raises ValueError for a K that is no multiple of 16, for shapes
+    that do not belong together, and for NaN or negative scales.
+    """
+    *batch, n, k_bytes = codes.shape
+    k = 2 * k_bytes
+    check_k(k)
+    if codes.dtype != torch.uint8 or block_scales.shape != (*batch, n, k // 16):
+        raise ValueError(
+            f"expected codes uint8 [..., N, K/2] and block scales [..., N, K/16], "
+            f"got {codes.dtype} {tuple(codes.shape)} and {tuple(block_scales.shape)}"
+        )
+    check_block_scales(block_scales, "block_scales")
+    panels, blocks = packed_shape(n, k)
+    scale_bytes = _SCALE_BYTES.to(codes.device)[block_scales.view(torch.uint8).int()]
+    nibbles = unpack_codes(codes).unflatten(-1, (k // 16, 16))
+    nibbles = torch.where(scale_bytes.unsqueeze(-1) > 0, nibbles, torch.zeros_like(nibbles)).flatten(-2)
+    pad_rows = panels * PANEL_ROWS - n
+    nibbles = torch.nn.functional.pad(nibbles, (0, blocks * BLOCK_K - k, 0, pad_rows))
+    scale_bytes = torch.nn.functional.pad(scale_bytes, (0, blocks * BLOCK_K // 16 - k // 16, 0, pad_rows))
+
+    # [..., P, w, h, r, KB, j, p, c, i] -> [p][h][..., P, KB, w, r, c, j] registers of two codes
+    b = len(batch)
+    split = nibbles.view(*batch, panels, 4, 2, 8, blocks, 4, 2, 4, 2)
+    order = (b + 6, b + 2, *range(b), b, b + 4, b + 1, b + 3, b + 7, b + 5, b + 8)
+    pairs = place_code(split.permute(order).to(torch.int64))
+    registers = (pairs[..., 0] | (pairs[..., 1] << 16)).flatten(0, 1)
+    words = pack_word(registers)
+    packed_codes = _as_int32(words).contiguous().flatten(b + 2).view(torch.int64)
+
+    scales = scale_bytes.view(*batch, panels, 4, 2, 8, blocks, 2, 2)  # [..., P, w, h, r, KB, j // 2, j % 2]
+    order = (*range(b), b, b + 4, b + 1, b + 3, b + 5, b + 2, b + 6)
+    scale_words = scales.permute(order).contiguous().flatten(b + 2).view(torch.int32).to(torch.int64)
+    return packed_codes, _as_int32(pack_scales(scale_words & 0xFFFFFFFF))
+
+
+def pack_in_place(
+    codes: torch.Tensor, block_scales: torch.Tensor, chunk: int = CHUNK
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pack_linear`, `chunk` weights at a time, into the operands' own storage where N and K fill whole blocks.
+
+    The operands are overwritten then, and nothing but one chunk is allocated; ragged ones are packed into new,
+    padded storage and left alone. Raises as `pack_linear` does, before anything is written for the first chunk.
+    """
+    *batch, n, half = codes.shape
+    panels, blocks = packed_shape(n, 2 * half)
+    code_shape, scale_shape = (*batch, panels, blocks, CODE_WORDS), (*batch, panels, blocks, SCALE_WORDS)
+    whole = n % PANEL_ROWS == 0 and 2 * half % BLOCK_K == 0
+    if whole and codes.is_contiguous() and block_scales.is_contiguous():
+        packed = codes.view(torch.int64).view(code_shape), block_scales.view(torch.int32).view(scale_shape)
+    else:
+        packed = (
+            codes.new_empty(code_shape, dtype=torch.int64),
+            codes.new_empty(scale_shape, dtype=torch.int32),
+        )
+    sources = codes.reshape(-1, n, half), block_scales.reshape(-1, n, block_scales.shape[-1])
+    targets = tuple(t.view(-1, panels, blocks, t.shape[-1]) for t in packed)
+    rows = min(n, max(PANEL_ROWS, chunk // (2 * half) // PANEL_ROWS * PANEL_ROWS))
+    matrices = max(1, chunk // (2 * half * n)) if rows == n else 1
+    for matrix in range(0, len(sources[0]), matrices):
+        for row in range(0, n, rows):
+            some = pack_linear(*(s[matrix : matrix + matrices, row : row + rows] for s in sources))
+            first = row // PANEL_ROWS
+            for target, result in zip(targets, some, strict=True):
+                target[matrix : matrix + matrices, first : first + result.shape[1]] = result
+    return packed
+
+
+def _as_int32(words: torch.Tensor) -> torch.Tensor:
+    """int64 0 .. 2^32 - 1 -> the int32 of the same bits."""
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_linear(
+    codes: torch.Tensor, scales: torch.Tensor, n: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_linear` -> (codes uint8 [..., n, k/2], block_scales e4m3 [..., n, k/16]).
+
+    Codes of zero-scale groups come back as zero.
+    """
+    *batch, panels, blocks, _ = codes.shape
+    b = len(batch)
+    words = codes.view(torch.int32).view(*batch, panels, blocks, 4, 8, 4, 4).to(torch.int64) & 0xFFFFFFFF
+    registers = torch.stack(unpack_word(words)).unflatten(0, (2, 2))  # [p][h][..., P, KB, w, r, c, j]
+    halves = torch.stack((registers & 0xFFFF, registers >> 16), dim=-1)
+    nibbles = ((halves >> 12) & 8) | ((halves >> 6) & 7)
+    order = (*range(2, b + 3), b + 4, 1, b + 5, b + 3, b + 7, 0, b + 6, b + 8)
+    nibbles = nibbles.permute(order).reshape(*batch, panels * PANEL_ROWS, blocks * BLOCK_K)
+
+    e4m3_of_byte = torch.zeros(256, dtype=torch.uint8)
+    e4m3_of_byte[_SCALE_BYTES[:127].long()] = torch.arange(127, dtype=torch.uint8)
+    unrotated = _as_int32(rotate_right(scales.to(torch.int64) & 0xFFFFFFFF, SCALE_ROTATION) & 0xFFFFFFFF)
+    packed = unrotated.view(torch.uint8).view(
+        *batch, panels, blocks, 4, 8, 2, 2, 2
+    )  # [w][r][j // 2][h][j % 2]
+    order = (*range(b), b, b + 2, b + 5, b + 3, b + 1, b + 4, b + 6)
+    packed = packed.permute(order).reshape(*batch, panels * PANEL_ROWS, blocks * BLOCK_K // 16)
+    block_scales = e4m3_of_byte.to(codes.device)[packed.int()][..., :n, : k // 16]
+    return (
+        pack_codes(nibbles[..., :n, :k].to(torch.uint8)),
+        block_scales.contiguous().view(torch.float8_e4m3fn),
+    )

@@ -1,0 +1,43 @@
+"""Read a compiled Hopper kernel's machine code: tensor cores in use, nothing spilled, wgmmas not serialized."""
+
+import re
+import shutil
+import site
+import subprocess
+from pathlib import Path
+
+from ..tiles import Config, Narrow
+
+
+def tool(name: str) -> str:
+    """Path of a CUDA binary tool, on PATH or from its PyPI package; raises FileNotFoundError where it is not."""
+    found = shutil.which(name)
+    for folder in site.getsitepackages():
+        found = found or next((str(path) for path in Path(folder).glob(f"nvidia/**/bin/{name}")), None)
+    if found is None:
+        raise FileNotFoundError(f"{name} is not installed (PyPI: nvidia-cuda-{name})")
+    return found
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def problems(cubin: Path, config: Config) -> list[str]:
+    """What is wrong with `config`'s machine code; nothing if all is well."""
+    usage = _run(tool("cuobjdump"), "-res-usage", str(cubin))
+    sass = _run(tool("nvdisasm"), "-c", str(cubin))
+    narrow = isinstance(config, Narrow)
+    instruction = r"\bHMMA\.16816\.F32\.BF16\b" if narrow else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
+    expected = 4 * config.blocks * (config.tokens // 8 if narrow else 1)
+    found = len(re.findall(instruction, sass))
+    wrong = []
+    if found != expected:
+        wrong.append(f"{found} tensor core instructions in the main loop instead of {expected}")
+    if not (re.search(r"\bSTACK:0\b", usage) and re.search(r"\bLOCAL:0\b", usage)):
+        wrong.append(f"uses stack or local memory: {' '.join(usage.split()[-12:])}")
+    if re.search(r"\b(LDL|STL)\b", sass):
+        wrong.append("spills registers (LDL, STL)")
+    if not narrow and len(re.findall(r"WARPGROUP\.DEPBAR", sass)) > 3:
+        wrong.append("ptxas serialized the wgmmas: see the comment in WideLinear.accumulate")
+    return wrong

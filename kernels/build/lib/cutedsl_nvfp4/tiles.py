@@ -1,0 +1,227 @@
+"""Which tile computes which problem: what is legal, stated once, and the measured choice by (N, K, M).
+
+Plain data: imports neither torch nor CuTe DSL, so tests, bench and ahead-of-time compilation share it.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+PANEL_ROWS = 64  # weight rows a packed panel holds (sm90/layout.py)
+BLOCK_K = 64
+BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
+BLOCK_SCALE_BYTES = PANEL_ROWS * BLOCK_K // 16
+SM90_SHARED_MEMORY = 227 * 1024  # bytes one CTA may use
+MAX_CLUSTER = 8  # the portable cluster size
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """mma.sync tiles for few tokens: one panel of weight rows x `tokens`, K split over warps and a cluster."""
+
+    tokens: int = 8
+    k_warps: int = 2  # groups of four warps, each taking its own k blocks of a stage
+    blocks: int = 2  # k blocks of 64 a warp takes from a stage
+    stages: int = 4
+    split_k: int = 1  # CTAs of a cluster that share a tile's K
+
+    @property
+    def rows(self) -> int:
+        return PANEL_ROWS
+
+    @property
+    def stage_blocks(self) -> int:
+        return self.k_warps * self.blocks
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage_blocks * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES + self.tokens * BLOCK_K * 2)
+
+    @property
+    def partial_bytes(self) -> int:
+        return self.k_warps * PANEL_ROWS * self.tokens * 4
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self.stage_bytes + 16) + self.partial_bytes + 3 * 1024
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.k_warps + 32
+
+    def fits_groups(self, panels_per_group: int, groups: int) -> bool:
+        """One panel lies in one group."""
+        return True
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernel cannot run."""
+        if self.tokens not in (8, 16, 24, 32):
+            raise ValueError(f"{self}: tokens must be 8, 16, 24 or 32")
+        if self.k_warps not in (1, 2, 4) or self.blocks not in (1, 2):
+            raise ValueError(f"{self}: k_warps must be 1, 2 or 4 and blocks 1 or 2")
+        _check_shared(self)
+
+
+@dataclass(frozen=True)
+class Wide:
+    """wgmma tiles: `panels` x 64 weight rows by `tokens`, one warpgroup a panel."""
+
+    panels: int = 2
+    tokens: int = 128
+    blocks: int = 1  # k blocks of 64 a stage
+    stages: int = 6
+    split_k: int = 1
+    ctas_per_sm: int = 1
+    persistent: bool = False
+    multicast: int = 1  # CTAs of a cluster that share the tokens and differ in rows
+
+    @property
+    def rows(self) -> int:
+        return PANEL_ROWS * self.panels
+
+    @property
+    def stage_bytes(self) -> int:
+        weights = self.panels * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES)
+        return self.blocks * (weights + self.tokens * BLOCK_K * 2)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens staged through shared memory at a time, for two-byte results; half as many of four bytes."""
+        return min(32, self.tokens)
+
+    @property
+    def output_bytes(self) -> int:
+        if self.split_k > 1:
+            slices = -(-self.tokens // 8 // self.split_k)
+            return self.split_k * slices * self.panels * 128 * 16
+        return 2 * self.panels * self.output_tokens * (PANEL_ROWS + 8) * 2
+
+    @property
+    def shared_memory(self) -> int:
+        return self.stages * (self.stage_bytes + 16) + self.output_bytes + 3 * 1024
+
+    @property
+    def threads(self) -> int:
+        """One warpgroup a panel and a producer: a warp, or a warpgroup where registers have to be moved."""
+        return 128 * self.panels + (32 if self.panels == 1 else 128)
+
+    @property
+    def consumer_registers(self) -> int:
+        """Registers a consumer thread gets when the producer warpgroup gives up its share."""
+        return {1: 240, 2: 104}[self.ctas_per_sm]  # multiples of 8 within 512 per lane of a scheduler
+
+    def fits_groups(self, panels_per_group: int, groups: int) -> bool:
+        """Whether CTAs that share tokens stay within one group of a block-diagonal weight."""
+        return groups == 1 or panels_per_group % (self.panels * self.multicast) == 0
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernel cannot run."""
+        if self.panels not in (1, 2) or self.blocks not in (1, 2):
+            raise ValueError(f"{self}: panels and blocks must be 1 or 2")
+        if self.tokens % 16 or not 16 <= self.tokens <= 256 or self.tokens % self.output_tokens:
+            raise ValueError(f"{self}: tokens must be 16 or a multiple of 32 up to 256")
+        if self.split_k > 1 and (self.persistent or self.multicast > 1):
+            raise ValueError(f"{self}: split_k shares neither a cluster nor a persistent grid")
+        if self.ctas_per_sm not in (1, 2):
+            raise ValueError(f"{self}: ctas_per_sm must be 1 or 2")
+        if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
+            raise ValueError(f"{self}: multicast must be 1 or 2")
+        _check_shared(self)
+
+
+Config = Narrow | Wide
+
+
+def _check_shared(config: Config) -> None:
+    if not 1 <= config.split_k <= MAX_CLUSTER or MAX_CLUSTER % config.split_k:
+        raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
+    if config.stages < 2:
+        raise ValueError(f"{config}: a pipeline needs at least 2 stages")
+    per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (
+        getattr(config, "ctas_per_sm", 1) > 1
+    )
+    if config.shared_memory > per_cta:
+        raise ValueError(
+            f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there"
+        )
+
+
+def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bool = True) -> Config:
+    """The configuration for out [m, n] with inner dimension k.
+
+    Measured problems take what was fastest; others the rule of the nearest measured one (by ratio of n and
+    of k). With `batch_invariant` the split of K depends on n and k alone and only the tokens of a tile on
+    m: a row's sums are then the same whatever the batch. `plain` results have no bias and rows of whole
+    16-byte pieces, as all of DeepSeek-V4's; the others take one of four configurations, invariant too.
+    """
+    if not plain:
+        return _general(n, k, m)
+    if batch_invariant:
+        return _invariant(n, k, m)
+    return _measured(n, k, groups, min(m, 1 << 13))
+
+
+def chosen(
+    n: int, k: int, groups: int, max_tokens: int, batch_invariant: bool, plain: bool = True
+) -> dict[Config, int]:
+    """Every configuration `choose` takes for 1 .. max_tokens tokens, each with a number of tokens that takes it.
+
+    The numbers are small and, where they can be, odd: rules end at powers of two.
+    """
+    found: dict[Config, int] = {}
+    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+        config = choose(n, k, m, groups, batch_invariant, plain)
+        if config not in found:
+            odd = max(1, m - 1)
+            found[config] = odd if choose(n, k, odd, groups, batch_invariant, plain) == config else m
+    return found
+
+
+@cache
+def _measured(n: int, k: int, groups: int, m: int) -> Config:
+    from .measured import CONFIGS, TABLE
+
+    panels_per_group = -(-n // PANEL_ROWS) // groups
+
+    def distance(problem: tuple[int, int, int]) -> tuple[float, bool]:
+        ratio = abs(math.log(problem[0] / n)) + abs(math.log(problem[1] / k))
+        return ratio, (problem[2] > 1) != (groups > 1)
+
+    rules = TABLE[min(TABLE, key=distance)]
+    following = next((i for i, rule in enumerate(rules) if rule[0] >= m), len(rules) - 1)
+    config = CONFIGS[rules[following][1]]
+    if config.fits_groups(panels_per_group, groups):
+        return config
+    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1)
+
+
+def _invariant(n: int, k: int, m: int) -> Wide:
+    panels = -(-n // PANEL_ROWS)
+    split = 1
+    while split < MAX_CLUSTER and panels * split < 96 and k // split > 1024:
+        split *= 2
+    tokens, stages = (16, 4) if m <= 16 else (64, 4) if m <= 512 else (128, 3)
+    return Wide(1, tokens, 2, stages, split)
+
+
+def _general(n: int, k: int, m: int) -> Wide:
+    split = 4 if -(-n // PANEL_ROWS) < 48 and k > 2048 else 1
+    return Wide(1, 16, 2, 4, split) if m <= 16 else Wide(1, 128, 2, 3, split)
+
+
+def general() -> list[Wide]:
+    """Every configuration for results with a bias or ragged rows."""
+    return [_general(n, 4096, m) for n in (64, 8192) for m in (1, 64)]
+
+
+def shipped() -> list[Config]:
+    """Every configuration `choose` can return, for ahead-of-time compilation."""
+    from .measured import CONFIGS
+
+    invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
+    ungrouped = [
+        replace(c, panels=1, multicast=1, stages=min(c.stages, 4), ctas_per_sm=1)
+        for c in CONFIGS
+        if isinstance(c, Wide) and c.panels * c.multicast > 1
+    ]
+    return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *ungrouped]))

@@ -1,0 +1,1 @@
+"""The vLLM side: plugin, kernel classes, model glue. Nothing outside this folder imports vLLM."""

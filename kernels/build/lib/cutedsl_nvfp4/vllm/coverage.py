@@ -1,0 +1,135 @@
+"""Every tensor of the checkpoint has a place in the model, and every parameter has its tensors.
+
+Checked from names alone, before anything is read: vLLM tracks what it loaded by whole parameters, so one
+missing expert or one missing half of a fused layer goes unnoticed, and packed codes that were never written
+cannot be told from others by value.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch.nn import Module
+
+# Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
+OPTIONAL_PARAMETERS = ((r"input_scale$", "W4A16 and dynamic activation scales need none"),)
+UNREAD_TENSORS = ((r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),)
+
+# A parameter of a fused layer, and the checkpoint's names of its segments.
+FUSED = {
+    "attn.fused_wqa_wkv": ("attn.wq_a", "attn.wkv"),
+    "compressor.fused_wkv_wgate": ("compressor.wkv", "compressor.wgate"),
+    "shared_experts.gate_up_proj": ("shared_experts.w1", "shared_experts.w3"),
+}
+LISTED = 10  # names shown in an error
+
+
+def tensor_names(files: Iterable[str | Path]) -> set[str]:
+    """Names of all tensors in safetensors `files`, from their headers."""
+    names: set[str] = set()
+    for file in files:
+        with open(file, "rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            names |= json.loads(handle.read(size)).keys() - {"__metadata__"}
+    return names
+
+
+def _place(name: str, parameters: set[str]) -> tuple[str, str] | None:
+    """(parameter, segment) that a tensor of vLLM's name `name` fills, or None."""
+    if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.w([123])\.(.+)", name):
+        base, index, matrix, leaf = expert.groups()
+        merged = "w2" if matrix == "2" else "w13"
+        for parameter in (f"{base}.routed_experts.{merged}_{leaf}", f"{base}.{merged}_{leaf}"):
+            if parameter in parameters:
+                return parameter, f"{index}.w{matrix}"
+        return None
+    segment = ""
+    for fused, parts in FUSED.items():
+        for part in parts:
+            if f".{part}." in name:
+                name, segment = name.replace(f".{part}.", f".{fused}."), part
+    for parameter in (name, f"{name}_inv"):
+        if parameter in parameters:
+            return parameter, segment
+    return None
+
+
+def _segments(parameter: str, num_experts: int) -> set[str]:
+    """The segments that `parameter` needs; {""} for one that takes a single tensor."""
+    if merged := re.search(r"\.experts\.(?:routed_experts\.)?(w13|w2)_", parameter):
+        matrices = ("1", "3") if merged.group(1) == "w13" else ("2",)
+        return {f"{expert}.w{matrix}" for expert in range(num_experts) for matrix in matrices}
+    for fused, parts in FUSED.items():
+        if f".{fused}." in parameter:
+            return set(parts)
+    return {""}
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:LISTED])
+    return shown + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: int, is_elsewhere) -> None:
+    """Raise ValueError listing checkpoint tensors without a place and parameters without their tensors.
+
+    `names` are the checkpoint's, `mapper` renames one to vLLM's or drops it (`apply_list`), `parameters` are
+    the model's, and `is_elsewhere(name)` tells a layer that another pipeline rank holds.
+    """
+    filled: dict[str, set[str]] = defaultdict(set)
+    unplaced = []
+    for name in names:
+        if any(re.search(pattern, name) for pattern, _ in UNREAD_TENSORS):
+            continue
+        mapped = mapper.apply_list([name])
+        if mapped and is_elsewhere(mapped[0]):
+            continue
+        place = _place(mapped[0], parameters) if mapped else None
+        if place is None or place[1] not in _segments(place[0], num_experts):
+            if not any(re.search(pattern, name) for pattern, _ in OPTIONAL_PARAMETERS):
+                unplaced.append(name)
+        else:
+            filled[place[0]].add(place[1])
+    missing = []
+    for parameter in parameters:
+        if any(re.search(pattern, parameter) for pattern, _ in OPTIONAL_PARAMETERS):
+            continue
+        absent = _segments(parameter, num_experts) - filled[parameter]
+        missing += [f"{parameter} [{segment}]" if segment else parameter for segment in absent]
+    problems = []
+    if missing:
+        problems.append(
+            f"{len(missing)} parameters would stay unwritten because the checkpoint lacks their tensors: "
+            f"{_list(missing)}"
+        )
+    if unplaced:
+        problems.append(
+            f"{len(unplaced)} tensors of the checkpoint have no place in the model: {_list(unplaced)}"
+        )
+    if problems:
+        raise ValueError(
+            "the checkpoint and the model do not fit. "
+            + "; ".join(problems)
+            + ". Download it again if it is "
+            "incomplete; if layers are not quantized, list them under quantization_config.ignore"
+        )
+
+
+def check_weight_coverage(model: Module, files: list[str]) -> None:
+    """`check_coverage` for a DeepSeek-V4 `model` about to be loaded from safetensors `files`; others pass."""
+    if type(model).__name__ != "DeepseekV4ForCausalLM" or not all(
+        str(file).endswith(".safetensors") for file in files
+    ):
+        return
+    from vllm.model_executor.models.utils import is_pp_missing_parameter
+
+    parameters = {name for name, parameter in model.named_parameters() if parameter.numel()}
+    check_coverage(
+        tensor_names(files),
+        parameters,
+        model.hf_to_vllm_mapper,
+        model.config.n_routed_experts,
+        lambda name: is_pp_missing_parameter(name, model),
+    )

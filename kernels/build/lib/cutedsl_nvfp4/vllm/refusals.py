@@ -1,0 +1,37 @@
+"""What this build does not serve on NVFP4 layers, refused by name before any weight is read."""
+
+from torch.nn import Module
+from vllm.config import VllmConfig
+
+
+def refuse_unsupported(vllm_config: VllmConfig, kernel: str) -> None:
+    """Raise ValueError naming the option, why it cannot work with `kernel`, and what to do instead."""
+    reasons = []
+    if vllm_config.lora_config is not None:
+        reasons.append(
+            "--enable-lora: adapters cannot be attached to layers whose weights are packed NVFP4 operands; "
+            "merge the adapter before quantizing"
+        )
+    if vllm_config.parallel_config.enable_eplb:
+        reasons.append(
+            "--enable-eplb: moving prepared experts between ranks has not been tested; leave it off"
+        )
+    if vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode:
+        reasons.append("--enable-sleep-mode: waking up prepared operands has not been tested; leave it off")
+    if vllm_config.speculative_config is not None:
+        reasons.append(
+            f"--speculative-config (method {vllm_config.speculative_config.method!r}): the draft layers of "
+            "DeepSeek-V4 NVFP4 checkpoints are not NVFP4 and have not been tested; leave it out"
+        )
+    if reasons:
+        raise ValueError(f"{kernel} does not support " + "; ".join(reasons))
+
+
+def refuse_reload(model: Module) -> None:
+    """Raise ValueError if `model` holds prepared NVFP4 operands: reloading weights into them is not supported."""
+    prepared = [name for name, module in model.named_modules() if getattr(module, "nvfp4_prepared", False)]
+    if prepared:
+        raise ValueError(
+            f"reloading weights into prepared NVFP4 operands is not supported ({len(prepared)} layers, the first "
+            f"{prepared[0]}); restart the server with the new checkpoint. The weights being served are untouched"
+        )

@@ -1,0 +1,77 @@
+"""Check the kernels that serve a loaded model, on every rank, before memory is profiled."""
+
+import gc
+
+import torch
+from torch.nn import Module
+from vllm import envs
+from vllm.distributed.parallel_state import get_world_group, model_parallel_is_initialized
+from vllm.logger import init_logger
+
+from .. import selfcheck, settings, support
+from ..prepare import PreparedLinear
+from .linear import CuTeDSLNvFp4LinearKernel
+
+logger = init_logger(__name__)
+
+
+def _layers(model: Module) -> list[selfcheck.Layer]:
+    """The model's linear layers that a GPU kernel of ours serves."""
+    layers = []
+    for name, module in model.named_modules():
+        kernel = getattr(getattr(module, "quant_method", None), "kernel", None)
+        if not isinstance(kernel, CuTeDSLNvFp4LinearKernel) or kernel.support.layout is support.Layout.PLAIN:
+            continue
+        operands = PreparedLinear(
+            module.weight.data, module.weight_scale.data, module.row_scale.data,
+            module.nvfp4_n, module.nvfp4_k, kernel.support.layout, module.nvfp4_groups,
+        )  # fmt: skip
+        out_dtype = getattr(module, "nvfp4_out_dtype", torch.bfloat16)
+        layers.append(selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None)))
+    return layers
+
+
+def _agree(failure: str | None) -> list[str]:
+    """Every rank's failure, as this rank and all others see them."""
+    if not model_parallel_is_initialized() or get_world_group().world_size == 1:
+        return [failure] if failure else []
+    group = get_world_group()
+    failures: list[str | None] = [None] * group.world_size
+    torch.distributed.all_gather_object(failures, failure, group=group.cpu_group)
+    return [f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure]
+
+
+@torch.inference_mode()
+def check_kernels(worker) -> None:
+    """Check what serves `worker`'s model and note the verdict on the model, for GET /kernels.
+
+    Raises SelfCheckFailed, on every rank if it failed on one.
+    """
+    model = worker.get_model()
+    layers = _layers(model)
+    if not layers:
+        model.nvfp4_self_check = {"verdict": "nothing to check: no GPU kernel of ours serves here"}
+        return
+    if settings.self_check() is settings.SelfCheck.OFF:
+        logger.warning(
+            "CUTEDSL_NVFP4_SELF_CHECK=off: %d NVFP4 layers serve from kernels that were not checked on this device",
+            len(layers),
+        )
+        model.nvfp4_self_check = {"verdict": "off"}
+        return
+    report, failure = None, None
+    try:
+        tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
+        report = selfcheck.check(layers, tokens, bool(envs.VLLM_BATCH_INVARIANT))
+    except selfcheck.SelfCheckFailed as error:
+        failure = str(error)
+    gc.collect()
+    torch.accelerator.empty_cache()
+    if failures := _agree(failure):
+        raise selfcheck.SelfCheckFailed(
+            f"an NVFP4 kernel failed its self-check on {torch.cuda.get_device_name()}: {'; '.join(failures)}. "
+            "Nothing is served from it. Report this; --linear-backend NAME (such as humming) serves with a kernel "
+            "of vLLM's meanwhile"
+        )
+    model.nvfp4_self_check = report.as_dict()
+    logger.info("NVFP4 self-check: %s", model.nvfp4_self_check)
