@@ -23,7 +23,7 @@ export IMAGE
 CPU_COMPOSE := docker compose -f compose.yaml -f compose.cpu.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check train-demo clean
+.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
 .PHONY: build up up-cpu logs pin sbom
 
 help:  ## this list
@@ -77,6 +77,9 @@ setup-dev:
 patches-check: setup  ## try the patches on another vLLM: make patches-check VERSION=0.33.0
 	@$(if $(VERSION),,$(error name the vLLM release: make patches-check VERSION=0.33.0))
 	@$(VENV)/python scripts/check_patches --version $(VERSION) $(ARGS)
+
+bench-check:  ## every speed bar of the GPU kernels with its measured figure; fails where one is missed
+	@python3 bench/report.py docs/results/h200_linear.json --bars
 
 train-demo: setup-dev  ## train demo/ again from its recipe
 	@$(VENV)/python scripts/train_demo $(ARGS)

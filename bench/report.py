@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Bench rows (bench/linear.py) -> a Markdown table, and every bar with its figure; exits 1 where one is missed.
 
-python3 bench/report.py ROWS.json... > docs/results/linear_h200.md
+python3 bench/report.py ROWS.json... > docs/results/h200_linear.md
+python3 bench/report.py ROWS.json... --bars      the bars alone (make bench-check)
 """
 
+import argparse
 import json
 import math
 import sys
@@ -55,14 +57,29 @@ def bars(rows: list[dict]) -> list[tuple[str, float, str, float, bool]]:
     ]
 
 
+def print_bars(rows: list[dict]) -> int:
+    """Print every bar as a table -> 0 if all are met, 1 if not."""
+    checks = bars(rows)
+    print("| bar | figure | wanted | met |\n|---|---|---|---|")
+    for what, figure, relation, bar, met in checks:
+        print(f"| {what} | {figure:.3g} | {relation} {bar} | {'yes' if met else 'no'} |")
+    return 0 if all(check[-1] for check in checks) else 1
+
+
 def main() -> int:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--bars", action="store_true")
+    arguments = parser.parse_args()
     runs = []
-    for path in sys.argv[1:]:
+    for path in arguments.rows:
         with open(path) as file:
             runs.append(json.load(file))
     rows = [row for run in runs for row in run["rows"]]
+    if arguments.bars:
+        return print_bars(rows)
     print("# NVFP4 linear, W4A16, microseconds\n")
     for run in runs:
         limits = run["ceilings"]
@@ -71,10 +88,7 @@ def main() -> int:
             f"{limits['bytes_per_s'] / 1e12:.2f} TB/s, {limits['flops'] / 1e12:.0f} TFLOP/s.\n"
         )
     print("CUDA graphs, weights rotated past L2, medians of interleaved repeats.\n")
-    print("| bar | figure | wanted | met |\n|---|---|---|---|")
-    checks = bars(rows)
-    for what, figure, relation, bar, met in checks:
-        print(f"| {what} | {figure:.3g} | {relation} {bar} | {'yes' if met else 'no'} |")
+    status = print_bars(rows)
     print(f"\n| linear | N x K | M | floor | ours | {' | '.join(PEERS)} |")
     print("|---|---|---|---|---|" + "---|" * len(PEERS))
     for r in rows:
@@ -84,7 +98,7 @@ def main() -> int:
             f"| {r['shape']} | {r['n']} x {r['k']}{groups} | {r['m']} | {r['floor_us']:.1f} "
             f"| {r['us'][OURS]:.1f} | {times} |"
         )
-    return 0 if all(check[-1] for check in checks) else 1
+    return status
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ F32_LIMIT = 2e-5  # relative, of a float32 result
 START_SECONDS = 120.0  # for the child to import torch and reach the device
 COMPILE_SECONDS = 120.0  # for one kernel that was not compiled ahead of time
 RUN_SECONDS = 20.0  # for one kernel's products; they take milliseconds
+END_SECONDS = 10.0  # for the child to end after its last answer
 ANSWER = "self-check: "  # how a child's lines begin
 
 
@@ -285,15 +286,24 @@ def check_in_child(kernels: list[str], device: str, command: tuple[str, ...] = C
                 doing, seconds = f"loading {kernels[len(errors)]}", COMPILE_SECONDS
             else:
                 doing, seconds = "ending", RUN_SECONDS
+        status = child.wait(timeout=END_SECONDS)
     except queue.Empty:
         raise SelfCheckFailed(f"{doing}: no answer for {seconds:.0f} s: it hangs") from None
+    except subprocess.TimeoutExpired:
+        status = "none: it had to be killed"
     finally:
         child.kill()  # of no effect on one that has ended
-        status = child.wait()
-    if errors[len(kernels) :] or len(errors) < len(kernels):
-        said = [line for line in iter(lambda: complaints.get(timeout=5), None) if line.strip()]
-        reason = said[-1].strip() if said else "without a word"
-        raise SelfCheckFailed(f"{doing}: the child process ended with status {status}: {reason}")
+        child.wait()
+    if len(errors) != len(kernels):
+        said = [
+            line.strip() for line in iter(lambda: complaints.get(timeout=END_SECONDS), None) if line.strip()
+        ]
+        reason = next(
+            (line for line in reversed(said) if "Error" in line or "Failed" in line), (said or [""])[-1]
+        )
+        raise SelfCheckFailed(
+            f"{doing}: the child process ended with status {status}: {reason or 'without a word'}"
+        )
     return errors
 
 

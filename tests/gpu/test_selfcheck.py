@@ -47,7 +47,10 @@ def test_all_stages_pass_and_leave_nothing_allocated(batch_invariant):
         layer(2048, 7168), layer(2048, 7168, seed=1), layer(1024, 4096, 1, torch.float32, 2),
         layer(8192, 4096, 8, seed=3), layer(80, 128, 2, seed=4),
     ]  # fmt: skip
-    torch.cuda.synchronize()
+    torch.ones(2, 2, device="cuda", dtype=torch.float64) @ torch.ones(
+        2, 2, device="cuda", dtype=torch.float64
+    )
+    torch.cuda.synchronize()  # cuBLAS keeps a workspace from its first product on, whoever asks for it
     before = torch.cuda.memory_allocated()
     report = selfcheck.check(layers, 2048, batch_invariant).as_dict()
     assert torch.cuda.memory_allocated() == before
@@ -81,12 +84,12 @@ selfcheck.serve_child(multiply)
 
 @pytest.mark.parametrize(
     "body, words",
-    [(ILLEGAL_ADDRESS, "illegal memory access"), (HANG, "no answer for 3 s: it hangs")],
+    [(ILLEGAL_ADDRESS, "Error: CUDA error: an illegal memory access"), (HANG, "no answer for 3 s: it hangs")],
     ids=["illegal address", "hang"],
 )
 def test_crash_and_hang_cost_the_child_only(tmp_path, monkeypatch, body, words):
     monkeypatch.setattr(selfcheck, "RUN_SECONDS", 3.0)
     with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}") as failed:
         selfcheck.check_in_child([KERNEL], "cuda:0", child(tmp_path, body))
-    assert words in str(failed.value) or "illegal" in str(failed.value)
+    assert words in str(failed.value)
     assert float(torch.ones(4, device="cuda").sum()) == 4
