@@ -191,7 +191,9 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "summary_disagrees":
                 summary["CuTeDSLNvFp4Experts"] += 1
             layers = [] if fault == "no_layers" else server.layers
+            verdict = "off" if fault == "self_check_off" else "passed"
             report = {"activations": server.activations, "layers": layers, "summary": dict(summary)}
+            report["self_check"] = {"verdict": verdict}
             self.reply(200, {**versions, **report})
         elif self.path == "/metrics":
             self.reply(200, self.metrics_text(), "text/plain")
@@ -477,6 +479,14 @@ def test_a_foreign_kernel_with_a_reason_is_green_unless_ours_is_required(smoke):
         assert (status, red(rows)) == (0, set())
         assert "no kernel for this architecture" in rows["kernels"]["detail"]
         assert rows["kernels"]["figure"] == "5 of 6 ours"
+        status, rows = smoke(server, "--require-ours")
+        assert (status, red(rows)) == (1, {"kernels"})
+
+
+def test_unchecked_kernels_are_green_unless_ours_is_required(smoke):
+    with FakeServer("demo", "self_check_off") as server:
+        status, rows = smoke(server)
+        assert (status, red(rows)) == (0, set()) and "self-check: off" in rows["kernels"]["detail"]
         status, rows = smoke(server, "--require-ours")
         assert (status, red(rows)) == (1, {"kernels"})
 

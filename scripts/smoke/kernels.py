@@ -41,7 +41,7 @@ def kernels(run: Run) -> tuple[str, str]:
     if run.options.no_kernels:
         raise Skipped("--no-kernels")
     report = run.kernels()
-    required = ("package_version", "vllm_version", "device", "activations", "layers", "summary")
+    required = ("package_version", "vllm_version", "device", "activations", "self_check", "layers", "summary")
     missing = [key for key in required if key not in report]
     if missing:
         raise Red(f"/kernels lacks {', '.join(missing)}")
@@ -69,6 +69,12 @@ def kernels(run: Run) -> tuple[str, str]:
         raise Red(
             f"{len(foreign)} layers not ours, first {layer['name']}: {layer['kernel']}: {layer['reason']}"
         )
+    verdict = str(report["self_check"].get("verdict"))
+    if run.options.require_ours and verdict in ("off", "not run"):
+        raise Red(
+            f"the GPU kernels were not checked on this device: self-check {verdict}",
+            "start the server without CUTEDSL_NVFP4_SELF_CHECK=off",
+        )
     counted = Counter(layer["kernel"] for layer in layers)
     if dict(counted) != report["summary"]:
         raise Red(f"/kernels contradicts itself: layers {dict(counted)}, summary {report['summary']}")
@@ -80,7 +86,7 @@ def kernels(run: Run) -> tuple[str, str]:
         raise Red(f"metric {LAYERS_METRIC} says {dict(measured)}, /kernels says {dict(reported)}")
     used = Counter(f"{layer['kernel']} ({layer.get('implementation') or '?'})" for layer in layers)
     detail = ", ".join(f"{count} x {name}" for name, count in used.most_common())
-    detail += f"; activations {report['activations']} on {report['device']}"
+    detail += f"; activations {report['activations']} on {report['device']}; self-check: {verdict}"
     reasons = sorted({str(layer["reason"]) for layer in foreign})
     if reasons:
         detail += f"; not ours because: {'; '.join(reasons)}"

@@ -1,4 +1,4 @@
-"""GET /kernels, and the metric `cutedsl_nvfp4_layers`: the kernel report over HTTP."""
+"""GET /kernels, and the metrics `cutedsl_nvfp4_layers` and `cutedsl_nvfp4_self_check`: the kernel report over HTTP."""
 
 from argparse import Namespace
 
@@ -17,6 +17,12 @@ _LAYERS = Gauge(
     "cutedsl_nvfp4_layers",
     "NVFP4 layers of the served model, by the kernel class that serves them",
     ["kernel", "ours"],
+    multiprocess_mode="mostrecent",
+)
+_SELF_CHECK = Gauge(
+    "cutedsl_nvfp4_self_check",
+    "1 for the verdict of the self-check on this build's GPU kernels: passed, off, or nothing to check",
+    ["verdict"],
     multiprocess_mode="mostrecent",
 )
 
@@ -48,6 +54,7 @@ class KernelReportEndpoint:
             kernels = [row["kernel"] for row in report["layers"] if row["ours"] is ours]
             for kernel in set(kernels):
                 _LAYERS.labels(kernel=kernel, ours=str(ours).lower()).set(kernels.count(kernel))
+        _SELF_CHECK.labels(verdict=report["self_check"]["verdict"].partition(":")[0]).set(1)
         for row in report["layers"]:
             if not row["ours"]:
                 logger.warning("%s is served by %s: %s", row["name"], row["kernel"], row["reason"])
