@@ -25,8 +25,10 @@ FROM ${BASE_IMAGE}
 # with it, the byte code that apply_patches writes is checked by hash: equal in every build
 ARG SOURCE_DATE_EPOCH=0
 
-COPY patches/ /opt/cutedsl_nvfp4/patches/
-COPY scripts/apply_patches scripts/patch_series.py scripts/register_kernels scripts/import_patched /opt/cutedsl_nvfp4/scripts/
+# --chmod: what any user can read, and one image, whatever the umask of the clone
+COPY --chmod=755 patches/ /opt/cutedsl_nvfp4/patches/
+COPY --chmod=755 scripts/apply_patches scripts/patch_series.py scripts/register_kernels scripts/import_patched \
+     scripts/check_labels /opt/cutedsl_nvfp4/scripts/
 RUN set -eux; \
     python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches; \
     python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches --check
@@ -41,8 +43,10 @@ COPY --from=compiled /compiled/ /opt/cutedsl_nvfp4/compiled/
 # Caches, of models and of kernels compiled at run time: writable for whichever user the container runs as.
 RUN mkdir -p /cache/models /cache/jit; chmod 1777 /cache/models /cache/jit; ls -ld /cache/*
 
-# Proof: every patched module imports, our kernels stand first, the label on architectures tells the truth.
+# Proof: every patched module imports, our kernels stand first, the labels tell the truth.
 # What importing leaves behind is not kept.
+ARG VLLM_VERSION=unknown
+ARG PATCHES_SHA256=unknown
 ARG KERNEL_ARCHITECTURES=none
 RUN set -eux; \
     export HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1; \
@@ -50,19 +54,19 @@ RUN set -eux; \
     python3 /opt/cutedsl_nvfp4/scripts/register_kernels; \
     python3 -c 'import os, sys; built = os.listdir(sys.argv[1]); assert sys.argv[2:] == [",".join(sorted(built)) or "none"], built' \
         /opt/cutedsl_nvfp4/compiled "${KERNEL_ARCHITECTURES}"; \
-    rm -rf /tmp/*
+    python3 /opt/cutedsl_nvfp4/scripts/check_labels "${VLLM_VERSION}" "${PATCHES_SHA256}"; \
+    find /tmp -mindepth 1 -delete; \
+    ls -A /tmp
 
 # The smoke test needs Python alone: `docker compose run --rm smoke`.
-COPY scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
-COPY scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
+COPY --chmod=755 scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
 
 # vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.
 ENV VLLM_PLUGINS=cutedsl_nvfp4 \
     CUTEDSL_NVFP4_KERNELS=/opt/cutedsl_nvfp4/compiled \
     CUTEDSL_NVFP4_FORBID_JIT=1
 
-ARG VLLM_VERSION=unknown
-ARG PATCHES_SHA256=unknown
 ARG GIT_REVISION=unknown
 LABEL org.opencontainers.image.title="vLLM with CuTe DSL NVFP4 kernels" \
       org.opencontainers.image.licenses="Apache-2.0" \

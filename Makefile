@@ -5,7 +5,6 @@ PORT     ?= 8000
 JOBS     ?= 2
 BASE_URL ?= http://127.0.0.1:$(PORT)
 VENV     := .venv/bin
-export PORT BASE_URL
 
 # handed on only if it was asked for: setup_env then keeps the interpreter .venv was made with
 ifneq ($(origin PYTHON),file)
@@ -15,12 +14,13 @@ endif
 # ruff finds the scripts without suffix through pyproject.toml
 SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base scripts/write_sbom
 
-IMAGE ?= vllm-cutedsl-nvfp4
+# the name compose reads from .env too
+IMAGE ?= $(or $(shell sed -n 's/^IMAGE=//p' .env 2>/dev/null),vllm-cutedsl-nvfp4)
 SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
-export IMAGE
-CPU_COMPOSE := docker compose -f compose.yaml -f compose.cpu.yaml
+# PORT and IMAGE are exported to compose only if they were asked for: the environment outranks .env
+COMPOSE := arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker compose
 
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
@@ -33,13 +33,13 @@ demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the backgr
 	@$(PYTHON) scripts/demo_server start --port $(PORT)
 
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
-	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
+	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
 
 up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
-	@docker compose up --wait $(ARGS)
+	@$(COMPOSE) up --wait $(ARGS)
 
 up-cpu:  ## serve the demo model on the CPU from the image
-	@$(CPU_COMPOSE) up --wait $(ARGS)
+	@$(COMPOSE) -f compose.yaml -f compose.cpu.yaml up --wait $(ARGS)
 
 logs:  ## follow the log of the image's server
 	@docker compose logs --follow --tail 200 vllm
