@@ -1,11 +1,15 @@
 """What Dockerfile, bake file, compose files and board say agrees with versions.env and with each other."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+import yaml
+from grafana_foundation_sdk.cog import encoder
+from grafana_foundation_sdk.models import dashboard
 from script_loader import PROJECT_ROOT, load_script
 
 import pins
@@ -18,7 +22,6 @@ import pins
         ("docker-bake.hcl", ["VLLM_IMAGE", "VLLM_CPU_IMAGE"]),
         ("compose.yaml", ["VLLM_IMAGE"]),
         ("compose.cpu.yaml", ["VLLM_CPU_IMAGE"]),
-        (".env.example", ["VLLM_IMAGE", "VLLM_CPU_IMAGE"]),
     ],
 )
 def test_base_images_are_those_of_versions_env(file: str, variables: list[str]):
@@ -87,3 +90,100 @@ def test_every_panel_of_the_board_asks_the_provisioned_prometheus():
     uid = re.search(r"uid: (\w+)", source).group(1)
     assert {panel["datasource"]["uid"] for panel in board["panels"]} == {uid}
     assert all(panel["targets"] for panel in board["panels"])
+
+
+def test_what_grafana_is_told_to_read_is_mounted():
+    grafana = yaml.safe_load((PROJECT_ROOT / "compose.yaml").read_text())["services"]["grafana"]
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in grafana["volumes"])
+    provider = (PROJECT_ROOT / "monitoring/grafana/provisioning/dashboards/boards.yaml").read_text()
+    folder = yaml.safe_load(provider)["providers"][0]["options"]["path"]
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (PROJECT_ROOT / mounts[folder] / home.removeprefix(f"{folder}/")).is_file()
+    assert (PROJECT_ROOT / mounts["/etc/grafana/provisioning"] / "datasources").is_dir()
+
+
+def lost(before: object, after: object, path: str = "") -> list[str]:
+    """Paths of what `before` has and `after` has not, or has otherwise."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return [line for key in before for line in lost(before[key], after.get(key), f"{path}.{key}")]
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [line for i in range(len(before)) for line in lost(before[i], after[i], f"{path}[{i}]")]
+    return [] if before == after else [path]
+
+
+def test_grafana_knows_everything_the_board_says():
+    """Through the types that Grafana publishes: what they do not know is lost on the way."""
+    board = json.loads((PROJECT_ROOT / "monitoring/grafana/boards/vllm.json").read_text())
+
+    def read_and_written(board: dict) -> dict:
+        return json.loads(encoder.JSONEncoder().encode(dashboard.Dashboard.from_json(board)))
+
+    assert lost(board, read_and_written(board)) == []
+    board["panels"][0]["titel"] = "misspelt"
+    assert lost(board, read_and_written(board)) == [".panels[0].titel"]
+
+
+def test_every_setting_of_compose_is_in_the_example_with_its_default():
+    files = "".join((PROJECT_ROOT / name).read_text() for name in ("compose.yaml", "compose.cpu.yaml"))
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", files)) | dict.fromkeys(
+        re.findall(r"^ +(\w+): +#", files, re.M), ""
+    )
+    of_the_build = set(load_script("image_arguments").image_arguments())
+    images = {"PROMETHEUS_IMAGE", "GRAFANA_IMAGE"}
+    example = dict(re.findall(r"^#(\w+)=(.*)$", (PROJECT_ROOT / ".env.example").read_text(), re.M))
+    assert example == {name: value for name, value in used.items() if name not in of_the_build | images}
+
+
+def test_compose_serves_on_the_loopback_and_outlives_a_cold_start():
+    compose = yaml.safe_load((PROJECT_ROOT / "compose.yaml").read_text())
+    for name, service in compose["services"].items():
+        assert all(
+            re.match(r"127\.0\.0\.1:|\$\{BIND_ADDRESS:-127\.0\.0\.1\}:", port)
+            for port in service.get("ports", [])
+        )
+        assert service["logging"]["options"]["max-size"], f"{name} writes a log without end"
+    vllm = compose["services"]["vllm"]
+    assert vllm["healthcheck"]["start_period"] == "2h"
+    drain = int(re.search(r"--shutdown-timeout (\d+)", vllm["command"]).group(1))
+    assert int(vllm["stop_grace_period"].removesuffix("s")) > drain
+    assert vllm["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    mounts = dict(volume.split(":")[:2] for volume in vllm["volumes"])
+    for variable in ("HOME", "HF_HOME", "CUTE_DSL_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert vllm["environment"][variable].startswith(tuple(mounts.values()))
+    assert set(mounts) <= set(compose["volumes"])
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make with a docker that prints what reaches it."""
+    docker = tmp_path / "docker"
+    docker.write_text(
+        '#!/bin/sh\necho "PORT=$PORT IMAGE=$IMAGE VLLM_IMAGE=$VLLM_IMAGE REVISION=$GIT_REVISION $*"\n'
+    )
+    docker.chmod(0o755)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PORT", "IMAGE", "VLLM_IMAGE")
+    }
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+
+    def run(*arguments: str) -> str:
+        command = ["make", "--no-print-directory", *arguments]
+        return subprocess.run(
+            command, cwd=PROJECT_ROOT, env=environment, text=True, check=True, stdout=subprocess.PIPE
+        ).stdout
+
+    return run
+
+
+def test_make_up_leaves_port_and_image_to_env_unless_told(make):
+    pinned = pins.read_pins()["VLLM_IMAGE"]
+    assert re.match(
+        rf"PORT= IMAGE= VLLM_IMAGE={pinned} REVISION=[0-9a-f]{{40}}\S* compose up --wait", make("up")
+    )
+    assert make("up", "PORT=9", "IMAGE=other").startswith("PORT=9 IMAGE=other ")
+    assert "compose -f compose.yaml -f compose.cpu.yaml up --wait" in make("up-cpu")
+
+
+def test_make_build_names_and_labels_what_it_builds(make):
+    assert re.search(r"IMAGE=vllm-cutedsl-nvfp4 .* REVISION=[0-9a-f]{40}.* gpu$", make("build").strip())
+    assert re.search(r"IMAGE=other .* cpu$", make("build", "IMAGE=other", "TARGET=cpu").strip())
