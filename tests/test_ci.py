@@ -1,0 +1,74 @@
+"""CI tells the truth: it is red if any part is, the container part above all, and says where the time went."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from script_loader import PROJECT_ROOT
+
+PASS, FAIL = "exit 0", "exit 7"
+
+
+def executable(file: Path, body: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def ci(tmp_path):
+    """.ci/run on a project of stand-ins: run(what `make` does, what .ci/container does or None)."""
+
+    def run(make: str, container: str | None) -> subprocess.CompletedProcess:
+        (tmp_path / ".ci").mkdir()
+        shutil.copy(PROJECT_ROOT / ".ci/run", tmp_path / ".ci/run")
+        executable(tmp_path / "bin/make", make)
+        (tmp_path / "scripts").mkdir()
+        (tmp_path / "scripts/demo_server").write_text("")
+        if container is not None:
+            executable(tmp_path / ".ci/container", container)
+        environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+        command = [tmp_path / ".ci/run"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+def test_green_with_every_part_in_the_table_of_times(ci):
+    answer = ci(PASS, PASS)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.endswith("CI passed\n")
+    table = answer.stdout.partition("=== where the time went")[2]
+    names = re.findall(r"^ *\d+ s  (\w+) +ok$", table, re.M)
+    assert names == ["system", "setup", "lint", "tests", "proofs", "demo", "smoke", "down", "container"]
+
+
+@pytest.mark.parametrize("container, status", [(FAIL, 7), (None, 127)])
+def test_red_where_the_container_part_fails_or_is_missing(ci, container: str | None, status: int):
+    answer = ci(PASS, container)
+    assert answer.returncode == 1
+    assert re.search(rf"^ *\d+ s  container +FAILED \({status}\)$", answer.stdout, re.M)
+    assert answer.stdout.endswith("CI failed: container\n")
+
+
+def test_a_failure_before_it_does_not_keep_the_container_part_from_running(ci):
+    answer = ci('case "$1" in lint|test|demo) exit 1 ;; esac', PASS)
+    assert answer.returncode == 1
+    assert re.search(r"^ *\d+ s  container +ok$", answer.stdout, re.M)
+    assert answer.stdout.endswith("CI failed: lint tests proofs demo\n")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_the_container_part_refuses_to_run_without_root_instead_of_passing():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        container = Path(folder) / "ci/container"
+        container.parent.mkdir()
+        shutil.copy(PROJECT_ROOT / ".ci/container", container)
+        answer = subprocess.run([container], user=65534, group=65534, capture_output=True, text=True)
+    assert answer.returncode == 1
+    assert "needs root" in answer.stderr
