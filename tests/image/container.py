@@ -1,6 +1,7 @@
 """The compose stack under test, through the docker command that PATH, DOCKER_HOST and DOCKER_CONFIG name."""
 
 import json
+import socket
 import subprocess
 import time
 import urllib.error
@@ -25,6 +26,7 @@ class Service:
 
     def __init__(self, port: int):
         self.url = f"http://127.0.0.1:{port}"
+        self.address = ("127.0.0.1", port)
         self.id = run(*COMPOSE, "ps", "--all", "--quiet", "vllm")
 
     def inspect(self) -> dict:
@@ -57,6 +59,26 @@ class Service:
                 return answer.status == 200
         except OSError:
             return False
+
+    def events(self, since: float) -> list[tuple[float, str]]:
+        """(time, what happened) to this container since then: kill, die, start, health_status: healthy, …"""
+        said = run(
+            "docker", "events", "--since", f"{since:.6f}", "--until", f"{time.time():.6f}",
+            "--filter", f"container={self.id}", "--format", "{{.TimeNano}} {{.Action}}",
+        )  # fmt: skip
+        lines = [line.split(" ", 1) for line in said.splitlines()]
+        return [(int(moment) / 1e9, what) for moment, what in lines]
+
+    def send(self, data: bytes, timeout: float = 20) -> int:
+        """Status of the answer to bytes that need not be HTTP; 0 if the connection is closed without one."""
+        with socket.create_connection(self.address, timeout=timeout) as connection:
+            try:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                answer = connection.recv(64)
+            except (BrokenPipeError, ConnectionResetError):
+                return 0
+        return int(answer.split()[1]) if answer.startswith(b"HTTP/") else 0
 
     def request(self, path: str, body: bytes | None = None, timeout: float = 60) -> tuple[int, bytes]:
         """(status, body) of a GET, or a POST of `body`; statuses of errors are answers too."""

@@ -1,10 +1,15 @@
 """What the container serves and reports, and what the image says of itself."""
 
 import json
+import os
 import re
+import subprocess
+import time
+import urllib.parse
+import urllib.request
 
 import pytest
-from container import ROOT, Service, run
+from container import COMPOSE, ROOT, Service, run
 
 from patch_series import read_series
 from pins import read_pins
@@ -27,14 +32,53 @@ def test_labels_tell_what_was_built(service: Service):
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
 
 
+def board_queries() -> list[str]:
+    board = json.loads((ROOT / "monitoring/grafana/boards/vllm.json").read_text())
+    return [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+
+
 def test_every_metric_of_the_board_exists(service: Service):
     service.complete()
     exposed = set(re.findall(r"^([a-z0-9_:]+)[{ ]", service.request("/metrics")[1].decode(), re.MULTILINE))
-    board = json.loads((ROOT / "monitoring/grafana/boards/vllm.json").read_text())
-    queries = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
-    queried = set(re.findall(r"\b(?:vllm:|cutedsl_nvfp4_)[a-z_]+", queries))
+    queried = set(re.findall(r"\b(?:vllm:|cutedsl_nvfp4_)[a-z0-9_]+", " ".join(board_queries())))
     assert queried, "the board queries nothing"
     assert queried <= exposed, f"not in /metrics: {sorted(queried - exposed)}"
+
+
+def test_prometheus_answers_every_query_of_the_board(service: Service):
+    """The `metrics` profile's Prometheus, its configuration and its way to the server; Grafana only draws this."""
+    address = f"http://127.0.0.1:{os.environ['PROMETHEUS_PORT']}/api/v1/query?"
+
+    def ask(query: str) -> list[dict]:
+        url = address + urllib.parse.urlencode({"query": query})
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return json.load(answer)["data"]["result"]
+
+    scraped = ['up{job="vllm"} == 1', "sum(vllm:generation_tokens_total) >= 8"]
+    deadline = time.monotonic() + 90
+    while unanswered := [query for query in (*scraped, *board_queries()) if not ask(query)]:
+        assert time.monotonic() < deadline, f"Prometheus has no answer to {unanswered}"
+        service.complete()
+        time.sleep(2)
+    (foreign,) = ask(next(query for query in board_queries() if 'ours="true"' in query))
+    assert float(foreign["value"][1]) == 0
+
+
+def test_the_status_of_compose_run_smoke_is_the_verdict(service: Service):
+    """Green on the demo as it is, red on another text, and 2 where there is no server."""
+    folder = ROOT / ".cache/container-results"
+    expected = json.loads((ROOT / "demo/expected.json").read_text())
+    document = expected["documents"][0]
+    document["text"] = document["text"][:-1] + ("x" if document["text"][-1] != "x" else "y")
+    (folder / "wrong.json").write_text(json.dumps(expected))
+
+    def verdict(*arguments: str) -> int:
+        command = (*COMPOSE, "run", "--rm", "--no-deps", "-v", f"{folder}:/wrong:ro", "smoke", *arguments)
+        return subprocess.run(command, timeout=300).returncode
+
+    assert verdict("--only", "demo_text") == 0
+    assert verdict("--only", "demo_text", "--expected", "/wrong/wrong.json") == 1
+    assert verdict("--only", "health", "--base-url", "http://vllm:9") == 2
 
 
 def test_an_ordinary_user_can_serve(service: Service):
