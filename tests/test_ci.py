@@ -3,8 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,9 @@ def executable(file: Path, body: str) -> None:
 
 @pytest.fixture
 def ci(tmp_path):
-    """.ci/run on a project of stand-ins: run(what `make` does, what .ci/container does or None)."""
+    """.ci/run on a project of stand-ins: start(what `make` does, what .ci/container does or None) -> process."""
 
-    def run(make: str, container: str | None) -> subprocess.CompletedProcess:
+    def start(make: str, container: str | None) -> subprocess.Popen:
         (tmp_path / ".ci").mkdir()
         shutil.copy(PROJECT_ROOT / ".ci/run", tmp_path / ".ci/run")
         executable(tmp_path / "bin/make", make)
@@ -32,34 +34,56 @@ def ci(tmp_path):
         if container is not None:
             executable(tmp_path / ".ci/container", container)
         environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-        command = [tmp_path / ".ci/run"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.Popen(
+            [tmp_path / ".ci/run"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
-    return run
+    return start
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """(exit status, all it printed)"""
+    said, _ = process.communicate(timeout=60)
+    return process.returncode, said
 
 
 def test_green_with_every_part_in_the_table_of_times(ci):
-    answer = ci(PASS, PASS)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert answer.stdout.endswith("CI passed\n")
-    table = answer.stdout.partition("=== where the time went")[2]
+    status, said = ended(ci(PASS, PASS))
+    assert status == 0, said
+    assert said.endswith("CI passed\n")
+    table = said.partition("=== where the time went")[2]
     names = re.findall(r"^ *\d+ s  (\w+) +ok$", table, re.M)
     assert names == ["system", "setup", "lint", "tests", "proofs", "demo", "smoke", "down", "container"]
 
 
 @pytest.mark.parametrize("container, status", [(FAIL, 7), (None, 127)])
 def test_red_where_the_container_part_fails_or_is_missing(ci, container: str | None, status: int):
-    answer = ci(PASS, container)
-    assert answer.returncode == 1
-    assert re.search(rf"^ *\d+ s  container +FAILED \({status}\)$", answer.stdout, re.M)
-    assert answer.stdout.endswith("CI failed: container\n")
+    ci_status, said = ended(ci(PASS, container))
+    assert ci_status == 1
+    assert re.search(rf"^ *\d+ s  container +FAILED \({status}\)$", said, re.M)
+    assert said.endswith("CI failed: container\n")
 
 
 def test_a_failure_before_it_does_not_keep_the_container_part_from_running(ci):
-    answer = ci('case "$1" in lint|test|demo) exit 1 ;; esac', PASS)
-    assert answer.returncode == 1
-    assert re.search(r"^ *\d+ s  container +ok$", answer.stdout, re.M)
-    assert answer.stdout.endswith("CI failed: lint tests proofs demo\n")
+    status, said = ended(ci('case "$1" in lint|test|demo) exit 1 ;; esac', PASS))
+    assert status == 1
+    assert re.search(r"^ *\d+ s  container +ok$", said, re.M)
+    assert said.endswith("CI failed: lint tests proofs demo\n")
+
+
+def test_cut_off_is_not_passed(ci, tmp_path):
+    process = ci(PASS, f"touch {tmp_path}/begun; sleep 3")
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, said = ended(process)
+    assert status == 143
+    assert "CI passed" not in said
+    assert "where the time went" in said
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
