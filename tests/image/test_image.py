@@ -82,7 +82,8 @@ def test_the_status_of_compose_run_smoke_is_the_verdict(service: Service):
 
 
 def test_an_ordinary_user_can_serve(service: Service):
-    """A second container of the same image, as uid 2000, prints the registration and has caches to write to."""
+    """What served all along is one; a second container as uid 2000 prints the registration and can write caches."""
+    assert service.execute("id", "-u") == "2000"
     image = service.inspect()["Config"]["Image"]
     said = run(
         "docker", "run", "--rm", "--network", "none", "--user", "2000:2000", "--entrypoint", "sh", image,
