@@ -16,7 +16,7 @@ COPY kernels/ /src/
 COPY scripts/compile_kernels /src/scripts/
 RUN set -eux; \
     mkdir /compiled; \
-    for arch in $(echo "${KERNEL_ARCHITECTURES}" | tr ',' ' '); do \
+    IFS=,; for arch in ${KERNEL_ARCHITECTURES}; do \
         [ "${arch}" = none ] || PYTHONPATH=/src python3 -B /src/scripts/compile_kernels "/compiled/${arch}" --arch "${arch}"; \
     done; \
     ls -l /compiled

@@ -60,9 +60,9 @@ smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
 test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-lint: setup-dev  ## check style, shell, patches and layers; changes nothing
+lint: setup-dev  ## check style, shell, Dockerfile, patches and layers; changes nothing
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check .
-	@$(VENV)/shellcheck $(SHELL_SCRIPTS)
+	@$(VENV)/shellcheck $(SHELL_SCRIPTS) && $(VENV)/hadolint Dockerfile
 	@$(VENV)/python scripts/lint_patches && $(VENV)/python scripts/lint_layering
 
 fmt: setup-dev  ## rewrite what ruff can
