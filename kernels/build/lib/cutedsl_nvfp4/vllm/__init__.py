@@ -1,1 +1,0 @@
-"""The vLLM side: plugin, kernel classes, model glue. Nothing outside this folder imports vLLM."""
