@@ -34,8 +34,12 @@ class Narrow:
         return self.k_warps * self.blocks
 
     @property
+    def stage_weight_bytes(self) -> int:
+        return self.stage_blocks * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES)
+
+    @property
     def stage_bytes(self) -> int:
-        return self.stage_blocks * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES + self.tokens * BLOCK_K * 2)
+        return self.stage_weight_bytes + self.stage_blocks * self.tokens * BLOCK_K * 2
 
     @property
     def partial_bytes(self) -> int:
@@ -80,9 +84,12 @@ class Wide:
         return PANEL_ROWS * self.panels
 
     @property
+    def stage_weight_bytes(self) -> int:
+        return self.blocks * self.panels * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES)
+
+    @property
     def stage_bytes(self) -> int:
-        weights = self.panels * (BLOCK_CODE_BYTES + BLOCK_SCALE_BYTES)
-        return self.blocks * (weights + self.tokens * BLOCK_K * 2)
+        return self.stage_weight_bytes + self.blocks * self.tokens * BLOCK_K * 2
 
     @property
     def output_tokens(self) -> int:
@@ -225,3 +232,80 @@ def shipped() -> list[Config]:
         if isinstance(c, Wide) and c.panels * c.multicast > 1
     ]
     return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *ungrouped]))
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """The tiles of an experts layer's two products; both take the same tokens, the slots of a routing tile."""
+
+    w13: Config
+    w2: Config
+
+    @property
+    def tokens(self) -> int:
+        return self.w13.tokens
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernels cannot run."""
+        if self.w13.tokens != self.w2.tokens:
+            raise ValueError(f"{self}: w13 and w2 must take the same tokens")
+        for config in (self.w13, self.w2):
+            config.check()
+            if isinstance(config, Wide) and (
+                config.split_k > 1 or config.multicast > 1 or config.tokens % 32
+            ):
+                raise ValueError(f"{config}: experts take no split_k, no multicast, and tokens in 32s")
+        if self.w13.split_k == MAX_CLUSTER:
+            raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
+
+    def most_tiles(self, pairs: int, experts: int) -> int:
+        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
+        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
+
+
+# (most tokens an expert gets on average, tiles of w13 and w2)
+_EXPERT_RULES = (
+    (4, Narrow(8, 2, 2, 4)),
+    (10, Narrow(16, 2, 2, 4)),
+    (28, Wide(2, 32, 2, 5, persistent=True)),
+    (56, Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True)),
+    (120, Wide(2, 128, 2, 4, persistent=True)),
+    (math.inf, Wide(2, 256, 1, 5, persistent=True)),
+)
+
+
+def choose_experts(
+    hidden: int, intermediate: int, pairs: int, experts: int, known: int, batch_invariant: bool
+) -> ExpertTiles:
+    """The tiles for `pairs` = M * top-k pairs over `known` experts, of which `experts` are local.
+
+    With `batch_invariant` only the tokens of a tile depend on `pairs`, never the order of a sum.
+    """
+    mean = pairs / known
+    config = next(config for most, config in _EXPERT_RULES if mean <= most)
+    if batch_invariant and isinstance(config, Narrow):
+        config = next(config for _, config in _EXPERT_RULES if isinstance(config, Wide))
+    if not isinstance(config, Narrow):
+        return ExpertTiles(config, config)
+    expected = min(pairs * experts / known, experts * (1 - (1 - 1 / known) ** pairs))
+    w13 = _split(config, expected * -(-2 * intermediate // PANEL_ROWS), hidden, 4)
+    w2 = _split(config, expected * -(-hidden // PANEL_ROWS), intermediate, 4)
+    return ExpertTiles(w13, w2)
+
+
+def _split(config: Narrow, ctas: float, k: int, most: int) -> Narrow:
+    """`config` with K split until the machine is busy, while every CTA keeps a few stages of K."""
+    split = 1
+    while split < most and ctas * split < 264 and k // (2 * split) >= 4 * config.stage_blocks * BLOCK_K:
+        split *= 2
+    return replace(config, split_k=split)
+
+
+def shipped_experts() -> list[tuple[Config, bool]]:
+    """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
+    configs = [
+        replace(config, split_k=split) if isinstance(config, Narrow) else config
+        for _, config in _EXPERT_RULES
+        for split in ((1, 2, 4) if isinstance(config, Narrow) else (1,))
+    ]
+    return [(config, activated) for config in configs for activated in (True, False)]

@@ -1,7 +1,7 @@
 """Register-level pieces both Hopper kernels share: weight decode, and PTX that CuTe DSL does not expose."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32
+from cutlass import Float32, Int32, Int64, Uint32
 from cutlass._mlir.dialects import llvm
 from cutlass._mlir.extras import types as T
 from cutlass.cute.nvgpu import cpasync
@@ -147,6 +147,40 @@ def load_words(address: Int32, count: int, *, loc=None, ip=None):
     return _fields(struct, types, Uint32, loc, ip)
 
 
+@dsl_user_op
+def copy_async(address: Int32, source: Int64, size: Int32, wanted, *, loc=None, ip=None):
+    """cp.async of 16 bytes to shared memory, of which `size` (0 or 16) are read and the rest is zero, if `wanted`."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (address, source, size, Int32(wanted))]
+    text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.cg.shared.global [$0], [$1], 16, $2; }"
+    _asm(None, operands, text, "r,l,r,r,~{memory}", loc, ip, volatile=True)
+
+
+@dsl_user_op
+def arrive_after_copies(barrier: Int32, *, loc=None, ip=None):
+    """One of the arrivals `barrier` was initialized for, once this thread's `copy_async`s have landed."""
+    operands = [barrier.ir_value(loc=loc, ip=ip)]
+    text = "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];"
+    _asm(None, operands, text, "r,~{memory}", loc, ip, volatile=True)
+
+
+@dsl_user_op
+def load_coherent(address: Int64, *, loc=None, ip=None):
+    """Four Int32 from global memory past L1: for what a kernel before the previous one wrote."""
+    types = [T.i32()] * 4
+    text = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    operands = [address.ir_value(loc=loc, ip=ip)]
+    struct = _asm(llvm.StructType.get_literal(types), operands, text, "=r,=r,=r,=r,l", loc, ip, volatile=True)
+    return _fields(struct, types, Int32, loc, ip)
+
+
+@cute.jit
+def swiglu(gate: Float32, up: Float32, limit: Float32) -> Float32:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit); NaN stays NaN."""
+    gate = cute.arch.fmin(gate, limit, nan=True)
+    up = cute.arch.fmax(cute.arch.fmin(up, limit, nan=True), -limit, nan=True)
+    return up * gate * cute.arch.rcp_approx(1.0 + cute.math.exp(-gate, fastmath=True))
+
+
 @cute.jit
 def store_output(mOut: cute.Tensor, m: Int32, n: Int32, value: Float32):
     """One element with bounds check, converted to the output's type."""
@@ -170,6 +204,15 @@ def tokens_view(mX: cute.Tensor, k: Int32):
 def block_view(packed: cute.Tensor, words: int):
     """[P, KB, words] -> (words, KB, P), the order of TMA's dimensions."""
     layout = cute.make_layout((words, packed.shape[1], packed.shape[0]), stride=(1, words, packed.stride[0]))
+    return cute.make_tensor(packed.iterator, layout)
+
+
+def expert_view(packed: cute.Tensor, words: int):
+    """[E, P, KB, words] -> (words, KB, P, E), the order of TMA's dimensions."""
+    layout = cute.make_layout(
+        (words, packed.shape[2], packed.shape[1], packed.shape[0]),
+        stride=(1, words, packed.stride[1], packed.stride[0]),
+    )
     return cute.make_tensor(packed.iterator, layout)
 
 

@@ -15,17 +15,33 @@ of scales for four k16 steps. Rows beyond N and k beyond K are zero, so kernels 
 
 import torch
 
-from ..format import check_block_scales, check_k, pack_codes, unpack_codes
+from ..format import check_block_scales, check_k, pack_codes
 from .decode import SCALE_ROTATION, pack_scales, pack_word, place_code, rotate_right, scale_byte, unpack_word
 
 PANEL_ROWS = 64
 BLOCK_K = 64
 CODE_WORDS = PANEL_ROWS * BLOCK_K // 16  # int64 a block
 SCALE_WORDS = PANEL_ROWS * BLOCK_K // 64  # int32 a block
-CHUNK = 1 << 23  # weights that `pack_in_place` works on at a time, some 25 bytes each
+CHUNK = 1 << 23  # weights that `pack_in_place` works on at a time, some 4 bytes each
+PACK_CHUNKS = 64  # of a layer's experts; packing one needs about six times its bytes
 
 _E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _SCALE_BYTES = torch.tensor([scale_byte(v) if v > 0 else 0 for v in _E4M3_VALUES.tolist()], dtype=torch.uint8)
+
+
+def _as_int32(words: torch.Tensor) -> torch.Tensor:
+    """int64 0 .. 2^32 - 1 -> the int32 of the same bits."""
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def _register_words() -> torch.Tensor:
+    """int32 [4, 256]: the bits of a code word that come from register 0..3 holding the two codes of a byte."""
+    byte = torch.arange(256, dtype=torch.int64)
+    register = place_code(byte & 15) | (place_code(byte >> 4) << 16)
+    none = torch.zeros_like(register)
+    return torch.stack(
+        [_as_int32(pack_word([register if i == index else none for i in range(4)])) for index in range(4)]
+    )
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int]:
@@ -51,20 +67,23 @@ def pack_linear(codes: torch.Tensor, block_scales: torch.Tensor) -> tuple[torch.
     check_block_scales(block_scales, "block_scales")
     panels, blocks = packed_shape(n, k)
     scale_bytes = _SCALE_BYTES.to(codes.device)[block_scales.view(torch.uint8).int()]
-    nibbles = unpack_codes(codes).unflatten(-1, (k // 16, 16))
-    nibbles = torch.where(scale_bytes.unsqueeze(-1) > 0, nibbles, torch.zeros_like(nibbles)).flatten(-2)
-    pad_rows = panels * PANEL_ROWS - n
-    nibbles = torch.nn.functional.pad(nibbles, (0, blocks * BLOCK_K - k, 0, pad_rows))
-    scale_bytes = torch.nn.functional.pad(scale_bytes, (0, blocks * BLOCK_K // 16 - k // 16, 0, pad_rows))
+    codes = (codes.view(*batch, n, k // 16, 8) * (scale_bytes > 0).unsqueeze(-1)).flatten(-2)
+    pad_rows, pad_groups = panels * PANEL_ROWS - n, blocks * BLOCK_K // 16 - k // 16
+    if pad_rows or pad_groups:
+        codes = torch.nn.functional.pad(codes, (0, pad_groups * 8, 0, pad_rows))
+        scale_bytes = torch.nn.functional.pad(scale_bytes, (0, pad_groups, 0, pad_rows))
 
-    # [..., P, w, h, r, KB, j, p, c, i] -> [p][h][..., P, KB, w, r, c, j] registers of two codes
+    # A byte holds the two codes of a register: [..., P, w, h, r, KB, j, p, c] -> [..., P, KB, w, r, c, j] of
+    # every (p, h). Bits of a word's registers are disjoint.
     b = len(batch)
-    split = nibbles.view(*batch, panels, 4, 2, 8, blocks, 4, 2, 4, 2)
-    order = (b + 6, b + 2, *range(b), b, b + 4, b + 1, b + 3, b + 7, b + 5, b + 8)
-    pairs = place_code(split.permute(order).to(torch.int64))
-    registers = (pairs[..., 0] | (pairs[..., 1] << 16)).flatten(0, 1)
-    words = pack_word(registers)
-    packed_codes = _as_int32(words).contiguous().flatten(b + 2).view(torch.int64)
+    split = codes.view(*batch, panels, 4, 2, 8, blocks, 4, 2, 4)
+    order = (*range(b), b, b + 3, b + 1, b + 2, b + 5, b + 4)
+    words = None
+    for index, table in enumerate(_REGISTER_WORDS.to(codes.device)):
+        register = split[..., index // 2, :].select(b + 2, index % 2).permute(order)
+        part = table[register.contiguous().int()]
+        words = part if words is None else words.bitwise_or_(part)
+    packed_codes = words.flatten(b + 2).view(torch.int64)
 
     scales = scale_bytes.view(*batch, panels, 4, 2, 8, blocks, 2, 2)  # [..., P, w, h, r, KB, j // 2, j % 2]
     order = (*range(b), b, b + 4, b + 1, b + 3, b + 5, b + 2, b + 6)
@@ -104,9 +123,46 @@ def pack_in_place(
     return packed
 
 
-def _as_int32(words: torch.Tensor) -> torch.Tensor:
-    """int64 0 .. 2^32 - 1 -> the int32 of the same bits."""
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+def pack_experts(
+    codes: torch.Tensor, block_scales: torch.Tensor, gate_up: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checkpoint experts -> `pack_linear` of each, in the arguments' own storage, a few experts at a time.
+
+    codes uint8 [E, N, K/2] and block_scales e4m3 [E, N, K/16], contiguous; both are overwritten, unless N or
+    K is no multiple of 64 and the result is larger. Rows of w13 (`gate_up`) are interleaved. Raises
+    ValueError as `pack_linear` does.
+    """
+    experts, n, k = codes.shape[0], codes.shape[1], 2 * codes.shape[2]
+    shape = packed_shape(n, k)
+    if n % PANEL_ROWS or k % BLOCK_K:
+        packed_codes = codes.new_empty((experts, *shape, CODE_WORDS), dtype=torch.int64)
+        packed_scales = codes.new_empty((experts, *shape, SCALE_WORDS), dtype=torch.int32)
+    else:
+        packed_codes = codes.view(torch.int64).view(experts, *shape, CODE_WORDS)
+        packed_scales = block_scales.view(torch.int32).view(experts, *shape, SCALE_WORDS)
+    step = -(-experts // PACK_CHUNKS)
+    for first in range(0, experts, step):
+        some = slice(first, first + step)
+        rows = (codes[some], block_scales[some])
+        packed_codes[some], packed_scales[some] = pack_linear(
+            *(interleave_gate_up(r) if gate_up else r for r in rows)
+        )
+    return packed_codes, packed_scales
+
+
+def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
+    """[..., 2I, X] of gate rows then up rows -> eight gate rows, their eight up rows, and so on.
+
+    A tensor core's thread then holds a gate value and its up value. Raises ValueError for I not in eights.
+    """
+    *batch, two_i, width = rows.shape
+    if two_i % 16:
+        raise ValueError(f"intermediate size {two_i / 2} is not a multiple of 8")
+    split = rows.view(torch.uint8).view(*batch, 2, two_i // 16, 8, width * rows.element_size())
+    return split.transpose(-4, -3).reshape(*batch, two_i, -1).view(rows.dtype)
+
+
+_REGISTER_WORDS = _register_words()
 
 
 def unpack_linear(

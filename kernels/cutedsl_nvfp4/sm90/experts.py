@@ -1,0 +1,181 @@
+"""NVFP4 W4A16 mixture of experts on Hopper: four kernels that start before their predecessor has finished.
+
+    route    ids -> slots grouped by expert, table of tiles                       routing.py
+    w13      h[slot] = swiglu(w1 @ x[m], w3 @ x[m])   bf16 [M * T, I]             {narrow,wide}_experts.py
+    w2       y[pair] = w2 @ h[slot]                   bf16 [M * T, H]             {narrow,wide}_experts.py
+    combine  out[m] = sum_t weights[m, t] * y[m * T + t]                          routing.py
+
+Nothing depends on the routing but what the kernels read on the device: no host sync, sizes from M alone, one
+CUDA graph for every routing.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from ..compiled import compiled
+from ..tiles import Config, ExpertTiles, Narrow, choose_experts, shipped_experts
+from .decode import SCALE_BIAS
+from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
+from .linear import TYPE_NAMES, _sm_count
+
+MAX_EXPERTS = 1024  # local ones (routing.py)
+TOPKS = (6, 8)  # compiled ahead of time
+
+
+def _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype) -> None:
+    if x.device.type != "cuda" or any(t.device != x.device for t in (*w13, *w2, topk_weights, topk_ids)):
+        raise ValueError(f"x, weights and routing must be on one CUDA device, x is on {x.device}")
+    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != hidden:
+        raise ValueError(f"x must be bf16 [M, {hidden}], got {x.dtype} {tuple(x.shape)}")
+    if hidden % 16 or intermediate % 16:
+        raise ValueError(f"hidden size {hidden} and intermediate size {intermediate} must be multiples of 16")
+    experts = w13[0].shape[0]
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"{experts} local experts; the routing kernel takes 1 to {MAX_EXPERTS}")
+    for name, (codes, scales, row_scale), n, k in (
+        ("w13", w13, 2 * intermediate, hidden),
+        ("w2", w2, hidden, intermediate),
+    ):
+        shape = (experts, *packed_shape(n, k))
+        if codes.dtype != torch.int64 or codes.shape != (*shape, CODE_WORDS) or not codes.is_contiguous():
+            raise ValueError(
+                f"{name} codes must be contiguous int64 {(*shape, CODE_WORDS)} from pack_experts, "
+                f"got {codes.dtype} {tuple(codes.shape)}"
+            )
+        if scales.dtype != torch.int32 or scales.shape != (*shape, SCALE_WORDS) or not scales.is_contiguous():
+            raise ValueError(
+                f"{name} scales must be contiguous int32 {(*shape, SCALE_WORDS)} from pack_experts, "
+                f"got {scales.dtype} {tuple(scales.shape)}"
+            )
+        if row_scale.dtype != torch.float32 or row_scale.shape != (experts, n):
+            raise ValueError(
+                f"{name} row_scale must be f32 {(experts, n)}, got {row_scale.dtype} {tuple(row_scale.shape)}"
+            )
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_ids and topk_weights must be [{x.shape[0]}, T], got {tuple(topk_ids.shape)} "
+            f"and {tuple(topk_weights.shape)}"
+        )
+    if expert_map is not None and (expert_map.dim() != 1 or expert_map.device != x.device):
+        raise ValueError(f"expert_map must be [experts] on {x.device}, got {tuple(expert_map.shape)}")
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"out_dtype must be torch.bfloat16 or torch.float32, got {out_dtype}")
+
+
+def run(
+    x: torch.Tensor,  # bf16 [M, H]
+    w13_codes: torch.Tensor,  # int64 [E, P, KB, 256], rows interleaved
+    w13_scales: torch.Tensor,  # int32 [E, P, KB, 64]
+    w13_row_scale: torch.Tensor,  # f32 [E, 2I], gate rows first
+    w2_codes: torch.Tensor,  # int64 [E, P, KB, 256]
+    w2_scales: torch.Tensor,  # int32 [E, P, KB, 64]
+    w2_row_scale: torch.Tensor,  # f32 [E, H]
+    topk_weights: torch.Tensor,  # f32 [M, T]
+    topk_ids: torch.Tensor,  # int [M, T], global expert ids; others are skipped
+    expert_map: torch.Tensor | None = None,  # int [global experts] -> local id or -1
+    *,
+    hidden: int,
+    intermediate: int,
+    swiglu_limit: float | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    batch_invariant: bool = False,
+    config: ExpertTiles | None = None,
+) -> torch.Tensor:
+    """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, on torch's current stream; see reference.experts.
+
+    Weights come from `layout.pack_experts`. They, row scales, topk_weights, topk_ids and expert_map follow
+    the rule of `linear.run`: no kernel that lets its successor start early may write them. A pair whose id
+    is negative, unknown or maps to -1 adds nothing. The result is the same in every run; with
+    `batch_invariant` a row's does not depend on the other rows. `config` overrides the measured choice.
+    Raises ValueError for operands that do not fit.
+    """
+    w13, w2 = (w13_codes, w13_scales, w13_row_scale), (w2_codes, w2_scales, w2_row_scale)
+    _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype)
+    m, topk = topk_ids.shape
+    out = torch.empty((m, hidden), dtype=out_dtype, device=x.device)
+    if m == 0:
+        return out
+    if topk == 0:
+        return out.zero_()
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < hidden or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)  # what 16-byte copies can address
+    ids = topk_ids.to(torch.int32).contiguous().view(-1)
+    weights = topk_weights.to(torch.float32).contiguous().view(-1)
+    known = ids if expert_map is None else expert_map.to(torch.int32).contiguous()
+    experts, pairs = w13_codes.shape[0], m * topk
+    if config is None:
+        total = experts if expert_map is None else expert_map.shape[0]
+        config = choose_experts(hidden, intermediate, pairs, experts, total, batch_invariant)
+
+    def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    pair_of_slot = scratch(pairs, dtype=torch.int32)
+    table = scratch(1 + config.most_tiles(pairs, experts), 4, dtype=torch.int32)
+    h = scratch(pairs, intermediate, dtype=torch.bfloat16)
+    y = scratch(pairs, hidden, dtype=torch.bfloat16)
+    local = (int(expert_map is not None), experts)
+    _kernel(*_route())(ids, known, pair_of_slot, table, *local, config.tokens)
+    limit = math.inf if swiglu_limit is None else swiglu_limit
+    for tiles, activated, source, operands, target in (
+        (config.w13, True, x, w13, h),
+        (config.w2, False, h, w2, y),
+    ):
+        numbers = (topk, limit, SCALE_BIAS)
+        if not isinstance(tiles, Narrow):
+            numbers += (_sm_count(x.device) * tiles.ctas_per_sm,)
+        _kernel(*_product(tiles, activated))(source, *operands, pair_of_slot, table, target, *numbers)
+    _kernel(*_combine(topk, out_dtype))(y, ids, known, weights, out, *local)
+    return out
+
+
+def _kernel(name: str, build: Callable) -> Callable:
+    return compiled(name, build)
+
+
+# Each returns the kernel's name, in `compiled` and in the ahead-of-time library, and what compiles it. The
+# import of .compile needs CuTe DSL, which ahead-of-time kernels do not.
+
+
+@cache
+def _route() -> tuple[str, Callable]:
+    def build():
+        from .compile import compile_route
+
+        return compile_route()
+
+    return "nvfp4_experts_sm90_route", build
+
+
+@cache
+def _product(config: Config, activated: bool) -> tuple[str, Callable]:
+    def build():
+        from .compile import compile_experts
+
+        return compile_experts(config, activated)
+
+    kind = "narrow" if isinstance(config, Narrow) else "wide"
+    numbers = "_".join(str(int(value)) for value in vars(config).values())
+    return f"nvfp4_experts_sm90_{'w13' if activated else 'w2'}_{kind}_{numbers}", build
+
+
+@cache
+def _combine(topk: int, out_dtype: torch.dtype) -> tuple[str, Callable]:
+    def build():
+        from .compile import compile_combine
+
+        return compile_combine(topk, out_dtype)
+
+    return f"nvfp4_experts_sm90_combine_{topk}_out_{TYPE_NAMES[out_dtype]}", build
+
+
+def shipped() -> list[tuple[str, Callable]]:
+    """(name, compile) of every kernel a served model can ask for, for ahead-of-time compilation."""
+    return [
+        _route(),
+        *(_product(config, activated) for config, activated in shipped_experts()),
+        *(_combine(topk, dtype) for topk in TOPKS for dtype in (torch.bfloat16, torch.float32)),
+    ]
