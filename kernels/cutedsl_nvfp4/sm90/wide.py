@@ -63,10 +63,10 @@ SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
 class WideLinear:
     """One compiled kernel: a tile configuration, the presence of a bias, whether rows of out are 16-byte aligned."""
 
-    gathers = False  # tokens come by TMA
-
     def __init__(self, config: Wide, has_bias: bool, aligned_rows: bool):
         config.check()
+        if config.panels > 2:
+            raise ValueError(f"{config}: the linear kernel has a warpgroup for each of at most two panels")
         self.config = config
         self.has_bias = has_bias
         self.aligned_rows = aligned_rows
@@ -410,8 +410,6 @@ class WideLinear:
                 scale_words.append(
                     load_words(scales + stage * (c.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
                 )
-            if cutlass.const_expr(self.gathers):
-                cute.arch.fence_view_async_shared()  # tokens written by cp.async, read by wgmma
             for half in cutlass.range_constexpr(2):
                 warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
                 for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):

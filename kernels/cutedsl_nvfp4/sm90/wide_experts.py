@@ -10,6 +10,7 @@ Pipelines
     full[stage]     1 arrival + weight bytes, 128 arrivals after copies  ->  every consumer warp
     empty[stage]    every consumer warp  ->  producers
 Tiles
+    A tile with fewer slots than tokens is multiplied as the next of `widths`.
     The row tile is the fast index: CTAs that run together share an expert's tokens, and its next token tile
     finds the weights in L2.
 """
@@ -20,7 +21,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ..tiles import BLOCK_K, PANEL_ROWS, Wide
+from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide
 from .decode import EPILOGUE_SCALE
 from .fragments import (
     arrive_after_copies,
@@ -30,24 +31,23 @@ from .fragments import (
     load_words,
     pack_bf16,
     partition_loads,
+    settle,
     smem_address,
     store_matrices_transposed,
     swiglu,
+    weight_registers,
 )
 from .layout import CODE_WORDS, SCALE_WORDS
 from .narrow import TOKEN_ROW_BYTES
-from .wide import SWIZZLE_ATOM, WideLinear
+from .wide import STEPS, SWIZZLE_ATOM, WideLinear
 
 CHUNK = 32  # slots staged through shared memory at a time
-# By CTAs an SM, where there are two consumer warpgroups: 2 consumers + 1 producer fit in 3 x 168, in 3 x 80.
-PRODUCER_REGISTERS = {1: 56, 2: 48}
-CONSUMER_REGISTERS = {1: 224, 2: 96}
+# (producer's, consumers') by CTAs an SM, where two warpgroups consume: within 3 x 168, within 3 x 80.
+REGISTERS = {1: (40, 232), 2: (48, 96)}
 
 
 class WideExperts(WideLinear):
     """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
-
-    gathers = True
 
     def __init__(self, config: Wide, activated: bool):
         config.check()
@@ -56,7 +56,14 @@ class WideExperts(WideLinear):
         self.config = config
         self.activated = activated
         self.panel_columns = PANEL_ROWS // 2 if activated else PANEL_ROWS  # results of a panel and slot
-        self.threads = 128 * (config.panels + 1)
+        self.warpgroups = min(config.panels, 2)
+        self.group_panels = config.panels // self.warpgroups
+        self.threads = 128 * (self.warpgroups + 1)
+        step = CHUNK if config.tokens <= 128 else 2 * CHUNK
+        widths = tuple(range(step, config.tokens + 1, step))
+        self.widths = (
+            widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
+        )  # more of them take too many registers
 
     @cute.jit
     def __call__(
@@ -93,17 +100,7 @@ class WideExperts(WideLinear):
             cute.slice_(scale_layout, (None, None, None, 0)),
             (SCALE_WORDS, c.blocks, c.panels),
         )
-        tiled_mma = hopper.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (c.panels, 1, 1),
-            (PANEL_ROWS, tokens),
-            warpgroup.OperandSource.RMEM,
-        )
-        output_bytes = 2 * c.panels * CHUNK * (self.panel_columns * 2 + 16)
+        output_bytes = 2 * self.warpgroups * CHUNK * (self.panel_columns * 2 + 16)
 
         @cute.struct
         class Shared:
@@ -117,7 +114,6 @@ class WideExperts(WideLinear):
         self.shared = Shared
         row_tiles = cute.ceil_div(mCodes.shape[1], c.panels)
         self.kernel(
-            tiled_mma,
             mX,
             code_atom,
             tCodes,
@@ -146,7 +142,6 @@ class WideExperts(WideLinear):
     @cute.kernel
     def kernel(
         self,
-        tiled_mma: cute.TiledMma,
         mX: cute.Tensor,
         code_atom: cute.CopyAtom,
         tCodes: cute.Tensor,
@@ -166,7 +161,7 @@ class WideExperts(WideLinear):
     ):
         c = self.config
         stages = c.stages
-        consumer_warps = 4 * c.panels
+        consumer_warps = 4 * self.warpgroups
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         thread, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
@@ -198,7 +193,7 @@ class WideExperts(WideLinear):
 
         if warp >= consumer_warps:
             if cutlass.const_expr(c.panels > 1):
-                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS[c.ctas_per_sm])
+                cute.arch.setmaxregister_decrease(REGISTERS[c.ctas_per_sm][0])
             gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None, None))
             gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None, None))
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
@@ -214,7 +209,7 @@ class WideExperts(WideLinear):
                             self.load_weights(weights, stage, bid % row_tiles, expert, full + stage, stage)
                 cute.arch.griddepcontrol_wait()
             self.produce(
-                thread - 128 * c.panels,
+                thread - 128 * self.warpgroups,
                 warp == consumer_warps,
                 bid,
                 ctas,
@@ -233,18 +228,22 @@ class WideExperts(WideLinear):
             )
         else:
             if cutlass.const_expr(c.panels > 1):
-                cute.arch.setmaxregister_increase(CONSUMER_REGISTERS[c.ctas_per_sm])
+                cute.arch.setmaxregister_increase(REGISTERS[c.ctas_per_sm][1])
             if cutlass.const_expr(not self.activated):
                 cute.arch.griddepcontrol_wait()
-            panel = thread // 128
+            group = thread // 128
             stage = Int32(0)
             phase = Int32(0)
             for tile in cutlass.range(bid, tiles, ctas, unroll=1):
                 expert, first_slot, slots, _ = load_coherent(table + Int64(tile // row_tiles + 1) * 16)
-                acc, stage, phase = self.accumulate(
-                    tiled_mma,
+                first_panel = tile % row_tiles * c.panels + group * self.group_panels
+                stage, phase = self.compute_tile(
+                    0,
                     thread,
-                    panel,
+                    first_panel,
+                    expert,
+                    first_slot,
+                    slots,
                     count,
                     stage,
                     phase,
@@ -254,21 +253,197 @@ class WideExperts(WideLinear):
                     sCodes,
                     sScales,
                     scale_bias,
-                )
-                column = (tile % row_tiles * c.panels + panel) * self.panel_columns
-                self.store_slots(
-                    acc,
-                    thread,
-                    column,
-                    expert,
-                    first_slot,
-                    slots,
                     smem_address(storage.output.data_ptr()),
                     mRowScale,
                     mPairs,
                     mOut,
                     limit,
                 )
+
+    @cute.jit
+    def compute_tile(
+        self,
+        width: cutlass.Constexpr[int],
+        thread: Int32,
+        first_panel: Int32,
+        expert: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        sX: cute.Tensor,
+        sCodes: cute.Tensor,
+        sScales: cute.Tensor,
+        bias: Uint32,
+        shared: Int32,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        limit: Float32,
+    ):
+        """One tile with the least of `widths` from number `width` on that holds it -> (next stage, its phase)."""
+        last = cutlass.const_expr(width + 1 == len(self.widths))
+        pipeline = (count, stage, phase, full, empty, sX, sCodes, sScales, bias)
+        target = (thread, first_panel, expert, first_slot, slots, shared, mRowScale, mPairs, mOut, limit)
+        if cutlass.const_expr(last):
+            sums, stage, phase = self.multiply(self.widths[width], thread, *pipeline)
+            self.store_panels(sums, self.widths[width], *target)
+        else:
+            if slots <= self.widths[width]:
+                sums, stage, phase = self.multiply(self.widths[width], thread, *pipeline)
+                self.store_panels(sums, self.widths[width], *target)
+            else:
+                stage, phase = self.compute_tile(
+                    width + 1,
+                    thread,
+                    first_panel,
+                    expert,
+                    first_slot,
+                    slots,
+                    count,
+                    stage,
+                    phase,
+                    full,
+                    empty,
+                    sX,
+                    sCodes,
+                    sScales,
+                    bias,
+                    shared,
+                    mRowScale,
+                    mPairs,
+                    mOut,
+                    limit,
+                )
+        return stage, phase
+
+    @cute.jit
+    def store_panels(
+        self,
+        sums: tuple,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        first_panel: Int32,
+        expert: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        shared: Int32,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        limit: Float32,
+    ):
+        for q in cutlass.range_constexpr(self.group_panels):
+            column = (first_panel + q) * self.panel_columns
+            self.store_slots(
+                sums[q],
+                tokens,
+                thread,
+                column,
+                expert,
+                first_slot,
+                slots,
+                shared,
+                mRowScale,
+                mPairs,
+                mOut,
+                limit,
+            )
+
+    @cute.jit
+    def multiply(
+        self,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        sX: cute.Tensor,
+        sCodes: cute.Tensor,
+        sScales: cute.Tensor,
+        bias: Uint32,
+    ):
+        """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, next stage, its phase).
+
+        A warpgroup decodes half a stage's k of a panel while the wgmmas of the half before run.
+        """
+        c = self.config
+        panels = cutlass.const_expr(self.group_panels)
+        lane = thread % 32
+        row_warp = (thread % 128) // 32
+        rows = PANEL_ROWS * self.warpgroups
+        stage_k = c.blocks * BLOCK_K
+        tiled_mma = hopper.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (self.warpgroups, 1, 1),
+            (PANEL_ROWS, tokens),
+            warpgroup.OperandSource.RMEM,
+        )
+        thr_mma = tiled_mma.get_slice(thread)
+        sFirst = cute.local_tile(sX, (tokens, stage_k, c.stages), (0, 0, 0))
+        tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
+        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((rows, stage_k)), BFloat16)
+        weight_words = cute.recast_tensor(weights, Uint32)
+        sums_shape = thr_mma.partition_shape_C((rows, tokens))
+        sums = tuple(cute.make_rmem_tensor(sums_shape, Float32) for _ in range(panels))
+        for q in cutlass.range_constexpr(panels):
+            sums[q].fill(0.0)
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        panel_codes = c.blocks * BLOCK_CODE_BYTES
+        panel_scales = c.blocks * BLOCK_SCALE_BYTES
+        first_panel = thread // 128 * panels
+        codes = smem_address(sCodes.iterator) + (first_panel * panel_codes + row_warp * 512 + lane * 16)
+        scales = smem_address(sScales.iterator) + (
+            first_panel * panel_scales + row_warp * 64 + (lane // 4) * 8
+        )
+        steps = cutlass.const_expr(c.blocks * STEPS)
+        part = cutlass.const_expr(steps // 2)
+        previous = stage
+        # No branch may stand between a wait_group and the wgmmas after it, and no decode may sink between
+        # wgmmas: either makes ptxas serialize them (C7513).
+        for i in cutlass.range(count, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            words, scale_words = [], []
+            for q in cutlass.range_constexpr(panels):
+                for b in cutlass.range_constexpr(c.blocks):
+                    at = stage * c.panels + q
+                    words.append(load_words(codes + at * panel_codes + b * BLOCK_CODE_BYTES, 4))
+                    scale_words.append(load_words(scales + at * panel_scales + b * BLOCK_SCALE_BYTES, 2))
+            cute.arch.fence_view_async_shared()  # tokens written by cp.async, read by wgmma
+            for turn in cutlass.range_constexpr(2 * panels):
+                warpgroup.wait_group(part)  # the wgmmas that read this part of `weights` are done
+                for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
+                    word = words[step // STEPS][step % STEPS]
+                    scale_word = scale_words[step // STEPS][step % STEPS // 2]
+                    decoded = weight_registers(word, scale_word, step % 2, bias)
+                    for r in cutlass.range_constexpr(4):
+                        weight_words[step % steps * 4 + r] = settle(decoded[r])
+                warpgroup.fence()
+                for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
+                    x = tCrX[None, None, step % steps, stage]
+                    q = cutlass.const_expr(step // steps)
+                    cute.gemm(tiled_mma, sums[q], weights[None, None, step % steps], x, sums[q])
+                    warpgroup.commit_group()
+            if i > 0:
+                self.release(empty, previous, lane)
+            previous = stage
+            stage += 1
+            if stage == c.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+        warpgroup.wait_group(0)
+        if count > 0:
+            self.release(empty, previous, lane)
+        return sums, stage, phase
 
     @cute.jit
     def load_weights(
@@ -311,17 +486,18 @@ class WideExperts(WideLinear):
         chunk = thread % 8
         inside = row * TOKEN_ROW_BYTES + (chunk ^ (row % 8)) * 16
         pitch = mX.stride[0] // 8  # rows of 16-byte units: offsets fit 32 bits
-        sources = cute.make_rmem_tensor(rows, Int32)
+        sources = cute.make_rmem_tensor(rows if self.activated else 1, Int32)
         stage = Int32(0)
         phase = Int32(1)  # a fresh barrier counts as released
         for tile in cutlass.range(bid, tiles, ctas, unroll=1):
             expert, first_slot, slots, _ = load_coherent(table + Int64(tile // row_tiles + 1) * 16)
             row_tile = tile % row_tiles
-            for i in cutlass.range_constexpr(rows):
-                line = first_slot + cutlass.min(row + 16 * i, slots - 1)
-                if cutlass.const_expr(self.activated):
-                    line = mPairs[line] // topk
-                sources[i] = Int32(line * pitch + chunk)
+            if cutlass.const_expr(self.activated):
+                for i in cutlass.range_constexpr(rows):
+                    slot = first_slot + cutlass.min(row + 16 * i, slots - 1)
+                    sources[i] = Int32(mPairs[slot] // topk * pitch + chunk)
+            else:
+                sources[0] = Int32((first_slot + row) * pitch + chunk)
             for at in cutlass.range(count, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 if fetches_weights and early <= 0:
@@ -335,9 +511,10 @@ class WideExperts(WideLinear):
                     column = mX.iterator.toint() + Int64(block) * TOKEN_ROW_BYTES
                     target = shared + (stage * c.blocks + b) * (c.tokens * TOKEN_ROW_BYTES) + inside
                     for i in cutlass.range_constexpr(rows):
+                        source = sources[i] if self.activated else sources[0] + Int32(i * 16 * pitch)
                         copy_async(
                             target + i * (16 * TOKEN_ROW_BYTES),
-                            column + Int64(sources[i]) * 16,
+                            column + Int64(source) * 16,
                             size,
                             row + 16 * i < slots,
                         )
@@ -351,6 +528,7 @@ class WideExperts(WideLinear):
     def store_slots(
         self,
         acc: cute.Tensor,
+        tokens: cutlass.Constexpr[int],
         thread: Int32,
         column: Int32,
         expert: Int32,
@@ -366,9 +544,9 @@ class WideExperts(WideLinear):
 
         A thread's accumulators of rows r and r + 8 are one column's gate and up (w13), or two columns (w2).
         """
-        c = self.config
         columns = mOut.shape[1]
-        panel = thread // 128
+        thread = Int32(settle(Uint32(thread)))  # addresses below take no registers in the main loop
+        group = thread // 128
         inside = thread % 128
         lane = thread % 32
         row_warp = inside // 32
@@ -386,7 +564,7 @@ class WideExperts(WideLinear):
         row_bytes = cutlass.const_expr(self.panel_columns * 2)
         pitch = cutlass.const_expr(row_bytes + 16)  # no bank conflicts
         half_bytes = cutlass.const_expr(CHUNK * pitch)
-        buffer = shared + panel * (2 * half_bytes)
+        buffer = shared + group * (2 * half_bytes)
         matrix = lane // 8
         if cutlass.const_expr(self.activated):  # matrices of 8 slots each
             address = (lane % 8 + matrix * 8) * pitch + row_warp * 16
@@ -394,8 +572,8 @@ class WideExperts(WideLinear):
             address = (lane % 8 + matrix // 2 * 8) * pitch + row_warp * 32 + matrix % 2 * 16
         pieces = cutlass.const_expr(row_bytes // 16)
         slots_per_pass = cutlass.const_expr(128 // pieces)
-        self.meet(panel)  # the previous tile's last pieces have been read
-        for e in cutlass.range_constexpr(c.tokens // CHUNK):
+        self.meet(group)  # the previous tile's last pieces have been read
+        for e in cutlass.range_constexpr(tokens // CHUNK):
             if e * CHUNK < slots:
                 half = buffer + (e % 2) * half_bytes
                 packed = []
@@ -408,7 +586,7 @@ class WideExperts(WideLinear):
                         packed += [pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])]
                 for i in cutlass.range_constexpr(len(packed) // 4):
                     store_matrices_transposed(half + address + i * 16 * pitch, *packed[4 * i : 4 * i + 4])
-                self.meet(panel)
+                self.meet(group)
                 for j in cutlass.range_constexpr(CHUNK // slots_per_pass):
                     line = inside // pieces + j * slots_per_pass
                     slot = e * CHUNK + line
@@ -426,9 +604,9 @@ class WideExperts(WideLinear):
                         cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
 
     @cute.jit
-    def meet(self, panel: Int32):
-        """A barrier of the panel's warpgroup; a computed barrier number would reserve all 16."""
-        if panel == 0:
+    def meet(self, group: Int32):
+        """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
+        if group == 0:
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
         else:
             cute.arch.barrier(barrier_id=2, number_of_threads=128)
