@@ -53,6 +53,16 @@ class Narrow:
     def threads(self) -> int:
         return 128 * self.k_warps + 32
 
+    @property
+    def streams(self) -> bool:
+        """Whether a warp has its rows' whole sums: experts' kernels then run one CTA through many tiles."""
+        return self.k_warps == 1 and self.split_k == 1
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """As many as shared memory holds."""
+        return min(6, SM90_SHARED_MEMORY // (self.shared_memory + 1024))
+
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
         """One panel lies in one group."""
         return True
@@ -144,9 +154,8 @@ def _check_shared(config: Config) -> None:
         raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
     if config.stages < 2:
         raise ValueError(f"{config}: a pipeline needs at least 2 stages")
-    per_cta = SM90_SHARED_MEMORY // getattr(config, "ctas_per_sm", 1) - 1024 * (
-        getattr(config, "ctas_per_sm", 1) > 1
-    )
+    ctas = config.ctas_per_sm if isinstance(config, Wide) else 1
+    per_cta = SM90_SHARED_MEMORY // ctas - 1024 * (ctas > 1)
     if config.shared_memory > per_cta:
         raise ValueError(
             f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there"

@@ -8,11 +8,12 @@ import torch
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from ..compiled import compile_kernel
-from ..tiles import Config, Narrow
+from ..tiles import Config, Narrow, Wide
 from .layout import CODE_WORDS, SCALE_WORDS
 from .narrow import NarrowLinear
 from .narrow_experts import NarrowExperts
 from .routing import Combine, Route
+from .streaming_experts import StreamingExperts
 from .wide import WideLinear
 from .wide_experts import WideExperts
 
@@ -55,8 +56,8 @@ def compile_linear(
 def compile_experts(config: Config, activated: bool, options: str = "") -> Callable:
     """Compile one configuration of the experts' w13 (`activated`) or w2 for sm_90a; needs no GPU.
 
-    The result is called as f(x, codes, scales, row_scale, pairs, table, out, top-k, limit, SCALE_BIAS), for
-    Wide followed by the most CTAs.
+    The result is called as f(x, codes, scales, row_scale, pairs, table, out, top-k, limit, SCALE_BIAS, most
+    CTAs).
     """
     m, k, experts, panels, blocks, rows, columns, slots, pairs, entries = (cute.sym_int() for _ in range(10))
     x = make_fake_tensor(cutlass.BFloat16, (m, k), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
@@ -73,11 +74,13 @@ def compile_experts(config: Config, activated: bool, options: str = "") -> Calla
     table = make_fake_compact_tensor(cutlass.Int32, (entries, 4), stride_order=(1, 0), assumed_align=16)
     out = make_fake_compact_tensor(cutlass.BFloat16, (slots, columns), stride_order=(1, 0), assumed_align=16)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    numbers = (cutlass.Int32(1), cutlass.Float32(1), cutlass.Int32(1))
-    if isinstance(config, Narrow):
-        kernel = NarrowExperts(config, activated)
+    numbers = (cutlass.Int32(1), cutlass.Float32(1), cutlass.Int32(1), cutlass.Int32(1))
+    if isinstance(config, Wide):
+        kernel = WideExperts(config, activated)
+    elif config.streams:
+        kernel = StreamingExperts(config, activated)
     else:
-        kernel, numbers = WideExperts(config, activated), (*numbers, cutlass.Int32(1))
+        kernel = NarrowExperts(config, activated)
     arguments = (x, codes, scales, row_scale, pair_of_slot, table, out, *numbers, stream)
     return compile_kernel(kernel, *arguments, arch=ARCH, options=options)
 

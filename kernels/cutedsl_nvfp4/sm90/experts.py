@@ -124,9 +124,7 @@ def run(
         (config.w13, True, x, w13, h),
         (config.w2, False, h, w2, y),
     ):
-        numbers = (topk, limit, SCALE_BIAS)
-        if not isinstance(tiles, Narrow):
-            numbers += (_sm_count(x.device) * tiles.ctas_per_sm,)
+        numbers = (topk, limit, SCALE_BIAS, _sm_count(x.device) * tiles.ctas_per_sm)
         _kernel(*_product(tiles, activated))(source, *operands, pair_of_slot, table, target, *numbers)
     _kernel(*_combine(topk, out_dtype))(y, ids, known, weights, out, *local)
     return out

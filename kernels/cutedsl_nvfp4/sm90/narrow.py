@@ -226,7 +226,8 @@ class NarrowLinear:
             k_group = warp // 4
             acc = cute.make_rmem_tensor((4, tokens // 8), Float32)
             acc.fill(0.0)
-            self.accumulate(acc, count, row_warp, k_group, lane, full, empty, sX, sCodes, sScales, scale_bias)
+            start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
+            self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
 
             # Send each half's 8 rows to the CTA that owns them.
             units = 8 // c.split_k  # of 8 rows, a CTA owns
@@ -254,6 +255,8 @@ class NarrowLinear:
         self,
         acc: cute.Tensor,
         count: Int32,
+        stage: Int32,
+        phase: Int32,
         row_warp: Int32,
         k_group: Int32,
         lane: Int32,
@@ -264,7 +267,7 @@ class NarrowLinear:
         sScales: cute.Tensor,
         bias: Uint32,
     ):
-        """acc[:, column] += this warp's 16 rows x 8 tokens a column over `count` stages."""
+        """acc[:, column] += this warp's 16 rows x 8 tokens a column over `count` stages -> next stage, its phase."""
         c = self.config
         columns = cutlass.const_expr(c.tokens // 8)
         codes = smem_address(sCodes.iterator) + (row_warp * 512 + lane * 16)
@@ -273,8 +276,6 @@ class NarrowLinear:
         token = lane % 8
         x_first = smem_address(sX.iterator) + token * TOKEN_ROW_BYTES + ((lane // 8) ^ token) * 16
         x_second = x_first ^ 64
-        stage = Int32(0)
-        phase = Int32(0)
         for _ in cutlass.range(count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             first = stage * c.stage_blocks + k_group * c.blocks
@@ -303,6 +304,7 @@ class NarrowLinear:
             if stage == c.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+        return stage, phase
 
     @cute.jit
     def finish(

@@ -65,6 +65,7 @@ class NarrowExperts(NarrowLinear):
         topk: Int32,
         limit: Float32,
         scale_bias: Int32,
+        max_ctas: Int32,
         stream,
     ):
         c = self.config
@@ -115,13 +116,16 @@ class NarrowExperts(NarrowLinear):
             code_layout,
             scale_layout,
         ).launch(
-            grid=(mCodes.shape[1] * c.split_k, mTable.shape[0] - 1, 1),
+            grid=self.grid(mCodes.shape[1], mTable.shape[0] - 1, max_ctas),
             block=(c.threads, 1, 1),
             cluster=(c.split_k, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
         )
+
+    def grid(self, panels: Int32, tiles: Int32, max_ctas: Int32) -> tuple:
+        return panels * self.config.split_k, tiles, 1
 
     @cute.kernel
     def kernel(
@@ -304,7 +308,8 @@ class NarrowExperts(NarrowLinear):
         partials = smem_address(storage.partials.data_ptr())
         acc = cute.make_rmem_tensor((4, c.tokens // 8), Float32)
         acc.fill(0.0)
-        self.accumulate(acc, count, row_warp, k_group, lane, full, empty, sX, sCodes, sScales, scale_bias)
+        start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
+        self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
         units = cutlass.const_expr(8 // c.split_k)  # of 8 rows, a CTA owns
         pairs = cutlass.const_expr(units * c.tokens * 4)  # pairs of tokens of one row, a CTA owns
         source = rank * c.k_warps + k_group
