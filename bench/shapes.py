@@ -1,4 +1,4 @@
-"""Every linear of DeepSeek-V4 Pro and Flash at every tensor-parallel size, and the token counts."""
+"""Every linear of DeepSeek-V4 Pro and Flash at every tensor-parallel size, their experts, the token counts."""
 
 from dataclasses import dataclass
 
@@ -51,3 +51,32 @@ def model_shapes() -> list[Shape]:
         ):
             distinct.setdefault((shape.n, shape.k, shape.groups), shape)
     return list(distinct.values())
+
+
+EXPERT_TOKENS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """`experts` local ones of `known`: ids below `experts` are local."""
+
+    name: str
+    experts: int
+    known: int
+    topk: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def expert_bytes(self) -> int:
+        return 3 * self.hidden * self.intermediate * 9 // 16
+
+
+EXPERT_CASES = (
+    ExpertCase("flash", 256, 256, 6, 4096, 2048),
+    ExpertCase("flash_tp4", 256, 256, 6, 4096, 512),
+    ExpertCase("pro_tp8", 384, 384, 6, 7168, 384),
+    ExpertCase("pro_tp4", 384, 384, 6, 7168, 768),
+    ExpertCase("pro_ep8_all_local", 48, 48, 6, 7168, 3072),  # heavy: every choice falls on this rank
+    ExpertCase("pro_ep8", 48, 384, 6, 7168, 3072),  # 0.75 of a token's 6 choices on average
+)

@@ -17,21 +17,23 @@ pytestmark = [
     ),
 ]
 
-SPLIT = ExpertTiles(Narrow(8, 2, 2, 4, 4), Narrow(8, 2, 2, 4, 2))
-CONFIGS = [
-    *(ExpertTiles(c, c) for c in (Narrow(8, 2, 2, 4), Narrow(16, 2, 2, 4))),
-    SPLIT,
-    *(
-        ExpertTiles(c, c)
-        for c in (
-            Wide(2, 32, 2, 5, persistent=True),
-            Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
-            Wide(2, 128, 2, 4, persistent=True),
-            Wide(2, 256, 1, 5, persistent=True),
-            Wide(1, 64, 2, 4, persistent=True),
-        )
-    ),
+NARROW = [
+    ExpertTiles(Narrow(8, 2, 2, 4), Narrow(8, 2, 2, 4)),
+    ExpertTiles(Narrow(8, 2, 2, 4, 4), Narrow(8, 2, 2, 4, 2)),
+    ExpertTiles(Narrow(8, 1, 2, 6), Narrow(8, 1, 2, 4)),  # streams
+    ExpertTiles(Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)),
 ]
+WIDE = [
+    ExpertTiles(config, config)
+    for config in (
+        Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True),
+        Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
+        Wide(4, 96, 1, 8, persistent=True),
+        Wide(4, 128, 1, 7, persistent=True),
+        Wide(2, 256, 1, 5, persistent=True),
+    )
+]
+CONFIGS = NARROW + WIDE
 
 
 def random_codes(generator, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,7 +236,7 @@ def test_strided_and_unaligned_tokens():
     wide = problem.tokens(40).repeat(1, 3)
     unaligned = wide.flatten()[3 : 3 + 40 * 256].view(40, 256)
     for x in (wide[:, 256:512], unaligned, wide[::2, :256], wide[:1, :256].expand(5, -1)):
-        for config in (CONFIGS[0], CONFIGS[3]):
+        for config in (NARROW[0], NARROW[2], WIDE[0]):
             problem.check(x, *problem.route(x.shape[0], 2), config=config)
 
 

@@ -243,11 +243,11 @@ class StreamingExperts(NarrowExperts):
                 if row >= 0:
                     target = mOut.iterator + (Int64(row) * columns + n)
                     out = cute.make_tensor(target, cute.make_layout(9))
-                    if n < columns:
-                        if cutlass.const_expr(self.activated):
+                    if cutlass.const_expr(self.activated):
+                        if n < columns:
                             out[0] = swiglu(first, second, limit).to(BFloat16)
-                        else:
+                    else:
+                        if n < columns:
                             out[0] = first.to(BFloat16)
-                    if cutlass.const_expr(not self.activated):
                         if n + 8 < columns:
                             out[8] = second.to(BFloat16)
