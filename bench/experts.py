@@ -138,9 +138,11 @@ def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tu
     if not error <= 1.1 * rounding:
         sys.exit(f"wrong result: {row}: error {error}, rounding alone {rounding}")
     graphs = {OURS: capture([lambda i=i: layer.run(*i, config=config) for i in inputs])}
+    kept = []  # what the graphs read
     for name, (peer, weights) in prepared.items():
         try:
             routes = [peer.route(case, i, weights) for i in ids]
+            kept.append(routes)
             out = peer.call(inputs[0][0], weights, routes[0], inputs[0][1])
             if hasattr(peer, "finish"):
                 out = peer.finish(out, ids[0], inputs[0][1], case)

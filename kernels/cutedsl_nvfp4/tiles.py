@@ -272,6 +272,16 @@ class ExpertTiles:
         return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
 
 
+def expert_widths(config: Wide) -> tuple[int, ...]:
+    """The numbers of tokens that an experts kernel multiplies: a tile with fewer slots takes the next of them.
+
+    More than three, or more than one where two CTAs share an SM, take more registers than there are.
+    """
+    step = 32 if config.tokens <= 128 else 64
+    widths = tuple(range(step, config.tokens + 1, step))
+    return widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
+
+
 # (most tokens an expert gets on average, tiles of w13 and w2)
 _EXPERT_RULES = (
     (4, Narrow(8, 2, 2, 4)),

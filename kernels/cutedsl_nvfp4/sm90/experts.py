@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
-from ..tiles import Config, ExpertTiles, Narrow, choose_experts, shipped_experts
+from ..tiles import ExpertTiles, Narrow, choose_experts, shipped_experts
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
 from .linear import TYPE_NAMES, _sm_count
@@ -118,62 +118,51 @@ def run(
     h = scratch(pairs, intermediate, dtype=torch.bfloat16)
     y = scratch(pairs, hidden, dtype=torch.bfloat16)
     local = (int(expert_map is not None), experts)
-    _kernel(*_route())(ids, known, pair_of_slot, table, *local, config.tokens)
+    _kernel("route")(ids, known, pair_of_slot, table, *local, config.tokens)
     limit = math.inf if swiglu_limit is None else swiglu_limit
     for tiles, activated, source, operands, target in (
         (config.w13, True, x, w13, h),
         (config.w2, False, h, w2, y),
     ):
         numbers = (topk, limit, SCALE_BIAS, _sm_count(x.device) * tiles.ctas_per_sm)
-        _kernel(*_product(tiles, activated))(source, *operands, pair_of_slot, table, target, *numbers)
-    _kernel(*_combine(topk, out_dtype))(y, ids, known, weights, out, *local)
+        _kernel("product", tiles, activated)(source, *operands, pair_of_slot, table, target, *numbers)
+    _kernel("combine", topk, out_dtype)(y, ids, known, weights, out, *local)
     return out
 
 
-def _kernel(name: str, build: Callable) -> Callable:
-    return compiled(name, build)
-
-
-# Each returns the kernel's name, in `compiled` and in the ahead-of-time library, and what compiles it. The
-# import of .compile needs CuTe DSL, which ahead-of-time kernels do not.
-
-
-@cache
-def _route() -> tuple[str, Callable]:
-    def build():
-        from .compile import compile_route
-
-        return compile_route()
-
-    return "nvfp4_experts_sm90_route", build
+def shipped_kernels() -> dict[str, tuple]:
+    """{name: arguments of `build`} of every kernel a served model's `run` can ask for."""
+    kernels = [("route",)]
+    kernels += [("product", config, activated) for config, activated in shipped_experts()]
+    kernels += [("combine", topk, dtype) for topk in TOPKS for dtype in (torch.bfloat16, torch.float32)]
+    return {kernel_name(*kernel): kernel for kernel in kernels}
 
 
 @cache
-def _product(config: Config, activated: bool) -> tuple[str, Callable]:
-    def build():
-        from .compile import compile_experts
-
-        return compile_experts(config, activated)
-
-    kind = "narrow" if isinstance(config, Narrow) else "wide"
-    numbers = "_".join(str(int(value)) for value in vars(config).values())
-    return f"nvfp4_experts_sm90_{'w13' if activated else 'w2'}_{kind}_{numbers}", build
-
-
-@cache
-def _combine(topk: int, out_dtype: torch.dtype) -> tuple[str, Callable]:
-    def build():
-        from .compile import compile_combine
-
-        return compile_combine(topk, out_dtype)
-
-    return f"nvfp4_experts_sm90_combine_{topk}_out_{TYPE_NAMES[out_dtype]}", build
+def kernel_name(kind: str, *arguments) -> str:
+    """The name a kernel has in `compiled` and in the ahead-of-time library."""
+    if kind == "product":
+        config, activated = arguments
+        matrix, tile = "w13" if activated else "w2", "narrow" if isinstance(config, Narrow) else "wide"
+        numbers = "_".join(str(int(value)) for value in vars(config).values())
+        return f"nvfp4_experts_sm90_{matrix}_{tile}_{numbers}"
+    if kind == "combine":
+        topk, dtype = arguments
+        return f"nvfp4_experts_sm90_combine_{topk}_{TYPE_NAMES[dtype]}"
+    return f"nvfp4_experts_sm90_{kind}"
 
 
-def shipped() -> list[tuple[str, Callable]]:
-    """(name, compile) of every kernel a served model can ask for, for ahead-of-time compilation."""
-    return [
-        _route(),
-        *(_product(config, activated) for config, activated in shipped_experts()),
-        *(_combine(topk, dtype) for topk in TOPKS for dtype in (torch.bfloat16, torch.float32)),
-    ]
+def build(kind: str, *arguments, options: str = "") -> Callable:
+    """Compile "route", "product" (configuration, whether w13) or "combine" (top-k, result type)."""
+    from . import compile as compiler  # needs CuTe DSL, which ahead-of-time kernels do not
+
+    compile_kind = {
+        "route": compiler.compile_route,
+        "product": compiler.compile_experts,
+        "combine": compiler.compile_combine,
+    }[kind]
+    return compile_kind(*arguments, options=options)
+
+
+def _kernel(kind: str, *arguments) -> Callable:
+    return compiled(kernel_name(kind, *arguments), lambda: build(kind, *arguments))

@@ -21,7 +21,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide
+from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide, expert_widths
 from .decode import EPILOGUE_SCALE
 from .fragments import (
     arrive_after_copies,
@@ -59,11 +59,7 @@ class WideExperts(WideLinear):
         self.warpgroups = min(config.panels, 2)
         self.group_panels = config.panels // self.warpgroups
         self.threads = 128 * (self.warpgroups + 1)
-        step = CHUNK if config.tokens <= 128 else 2 * CHUNK
-        widths = tuple(range(step, config.tokens + 1, step))
-        self.widths = (
-            widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
-        )  # more of them take too many registers
+        self.widths = expert_widths(config)
 
     @cute.jit
     def __call__(
