@@ -1,6 +1,6 @@
 """Tile configurations the tuning run tries. bench/tune.py measures them, tiles.py keeps the winners."""
 
-from cutedsl_nvfp4.tiles import Config, ExpertTiles, Narrow, Wide
+from cutedsl_nvfp4.tiles import Config, Narrow, Wide
 
 SPLITS = (1, 2, 4, 8)
 
@@ -75,10 +75,11 @@ def wide() -> list[Config]:
 def experts(mean: float) -> list[list[Config]]:
     """Tiles for experts that get `mean` tokens, by tokens of a tile: w13 and w2 take one each of a list."""
     lists = [
-        [Narrow(8, 2, 2, 4, split) for split in (1, 2, 4)]
-        + [Narrow(8, 2, 2, 3), Narrow(8, 1, 2, 6), Narrow(8, 1, 2, 4)],
-        [Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5), Narrow(16, 1, 2, 3)],
+        [Narrow(8, 2, 2, 4, split) for split in (1, 2, 4)] + [Narrow(8, 2, 2, 3), Narrow(8, 1, 2, 6)],
+        [Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)],
+        [Narrow(24, 2, 1, 4), Narrow(24, 1, 1, 6)],
         [
+            Narrow(32, 1, 1, 6),
             Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True),
             Wide(4, 32, 1, 5, ctas_per_sm=2, persistent=True),
             Wide(4, 32, 2, 6, persistent=True),
@@ -86,16 +87,9 @@ def experts(mean: float) -> list[list[Config]]:
         [Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True), Wide(4, 64, 1, 8, persistent=True)],
         [Wide(2, 96, 1, 5, ctas_per_sm=2, persistent=True), Wide(4, 96, 1, 8, persistent=True)],
         [Wide(4, 128, 1, 7, persistent=True)],
-        [Wide(2, 256, 1, 5, persistent=True)],
     ]
-    least = {8: 0, 16: 1, 32: 3, 64: 12, 96: 30, 128: 40, 256: 120}
-    most = {8: 8, 16: 20, 32: 60, 64: 150}
+    least = {8: 0, 16: 1, 24: 6, 32: 10, 64: 12, 96: 30, 128: 40}
+    most = {8: 8, 16: 20, 24: 30, 32: 60, 64: 150}
     return [
         configs for configs in lists if least[configs[0].tokens] <= mean <= most.get(configs[0].tokens, mean)
-    ]
-
-
-def expert_tiles(mean: float) -> list[ExpertTiles]:
-    return [
-        ExpertTiles(config, config) for configs in experts(mean) for config in configs if config.split_k < 8
     ]

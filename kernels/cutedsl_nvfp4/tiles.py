@@ -282,14 +282,13 @@ def expert_widths(config: Wide) -> tuple[int, ...]:
     return widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
 
 
-# (most tokens an expert gets on average, tiles of w13 and w2)
+# (most tokens an expert gets on average, tiles of w13, of w2)
 _EXPERT_RULES = (
-    (4, Narrow(8, 2, 2, 4)),
-    (10, Narrow(16, 2, 2, 4)),
-    (28, Wide(2, 32, 2, 5, persistent=True)),
-    (56, Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True)),
-    (120, Wide(2, 128, 2, 4, persistent=True)),
-    (math.inf, Wide(2, 256, 1, 5, persistent=True)),
+    (6, Narrow(8, 2, 2, 3), Narrow(8, 1, 2, 6)),
+    (10, Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)),
+    (28, *[Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True)] * 2),
+    (56, *[Wide(4, 64, 1, 8, persistent=True)] * 2),
+    (math.inf, *[Wide(4, 128, 1, 7, persistent=True)] * 2),
 )
 
 
@@ -301,30 +300,26 @@ def choose_experts(
     With `batch_invariant` only the tokens of a tile depend on `pairs`, never the order of a sum.
     """
     mean = pairs / known
-    config = next(config for most, config in _EXPERT_RULES if mean <= most)
-    if batch_invariant and isinstance(config, Narrow):
-        config = next(config for _, config in _EXPERT_RULES if isinstance(config, Wide))
-    if not isinstance(config, Narrow):
-        return ExpertTiles(config, config)
+    rules = [rule for rule in _EXPERT_RULES if isinstance(rule[1], Wide) or not batch_invariant]
+    _, w13, w2 = next(rule for rule in rules if mean <= rule[0])
     expected = min(pairs * experts / known, experts * (1 - (1 - 1 / known) ** pairs))
-    w13 = _split(config, expected * -(-2 * intermediate // PANEL_ROWS), hidden, 4)
-    w2 = _split(config, expected * -(-hidden // PANEL_ROWS), intermediate, 4)
+    if isinstance(w13, Narrow):
+        w13 = _split(w13, expected * -(-2 * intermediate // PANEL_ROWS), hidden)
     return ExpertTiles(w13, w2)
 
 
-def _split(config: Narrow, ctas: float, k: int, most: int) -> Narrow:
+def _split(config: Narrow, ctas: float, k: int) -> Narrow:
     """`config` with K split until the machine is busy, while every CTA keeps a few stages of K."""
     split = 1
-    while split < most and ctas * split < 264 and k // (2 * split) >= 4 * config.stage_blocks * BLOCK_K:
+    while split < 4 and ctas * split < 264 and k // (2 * split) >= 4 * config.stage_blocks * BLOCK_K:
         split *= 2
     return replace(config, split_k=split)
 
 
 def shipped_experts() -> list[tuple[Config, bool]]:
     """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
-    configs = [
-        replace(config, split_k=split) if isinstance(config, Narrow) else config
-        for _, config in _EXPERT_RULES
-        for split in ((1, 2, 4) if isinstance(config, Narrow) else (1,))
-    ]
-    return [(config, activated) for config in configs for activated in (True, False)]
+    found = []
+    for _, w13, w2 in _EXPERT_RULES:
+        splits = (1, 2, 4) if isinstance(w13, Narrow) else (1,)
+        found += [(replace(w13, split_k=split), True) for split in splits] + [(w2, False)]
+    return found

@@ -20,18 +20,20 @@ pytestmark = [
 NARROW = [
     ExpertTiles(Narrow(8, 2, 2, 4), Narrow(8, 2, 2, 4)),
     ExpertTiles(Narrow(8, 2, 2, 4, 4), Narrow(8, 2, 2, 4, 2)),
-    ExpertTiles(Narrow(8, 1, 2, 6), Narrow(8, 1, 2, 4)),  # streams
+    ExpertTiles(Narrow(8, 1, 2, 6), Narrow(8, 1, 2, 6)),  # streams
     ExpertTiles(Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)),
 ]
 WIDE = [
-    ExpertTiles(config, config)
-    for config in (
-        Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True),
-        Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
-        Wide(4, 96, 1, 8, persistent=True),
-        Wide(4, 128, 1, 7, persistent=True),
-        Wide(2, 256, 1, 5, persistent=True),
-    )
+    ExpertTiles(Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True), Narrow(32, 1, 1, 6)),
+    *(
+        ExpertTiles(config, config)
+        for config in (
+            Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
+            Wide(4, 64, 1, 8, persistent=True),
+            Wide(4, 96, 1, 8, persistent=True),
+            Wide(4, 128, 1, 7, persistent=True),
+        )
+    ),
 ]
 CONFIGS = NARROW + WIDE
 

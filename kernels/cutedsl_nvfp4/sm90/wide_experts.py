@@ -106,6 +106,7 @@ class WideExperts(WideLinear):
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
             output: cute.struct.Align[cute.struct.MemRange[Float32, output_bytes // 4], 128]
+            rows: cute.struct.MemRange[Int32, c.tokens * self.warpgroups]  # of `out`, by slot
 
         self.shared = Shared
         row_tiles = cute.ceil_div(mCodes.shape[1], c.panels)
@@ -230,8 +231,11 @@ class WideExperts(WideLinear):
             group = thread // 128
             stage = Int32(0)
             phase = Int32(0)
+            sRows = storage.rows.get_tensor(cute.make_layout((c.tokens, self.warpgroups)))
+            expert, first_slot, slots, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
             for tile in cutlass.range(bid, tiles, ctas, unroll=1):
-                expert, first_slot, slots, _ = load_coherent(table + Int64(tile // row_tiles + 1) * 16)
+                following = cutlass.min(tile + ctas, tiles - 1)
+                next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
                 first_panel = tile % row_tiles * c.panels + group * self.group_panels
                 stage, phase = self.compute_tile(
                     0,
@@ -250,11 +254,13 @@ class WideExperts(WideLinear):
                     sScales,
                     scale_bias,
                     smem_address(storage.output.data_ptr()),
+                    sRows,
                     mRowScale,
                     mPairs,
                     mOut,
                     limit,
                 )
+                expert, first_slot, slots, _ = next_entry
 
     @cute.jit
     def compute_tile(
@@ -275,6 +281,7 @@ class WideExperts(WideLinear):
         sScales: cute.Tensor,
         bias: Uint32,
         shared: Int32,
+        sRows: cute.Tensor,
         mRowScale: cute.Tensor,
         mPairs: cute.Tensor,
         mOut: cute.Tensor,
@@ -283,14 +290,17 @@ class WideExperts(WideLinear):
         """One tile with the least of `widths` from number `width` on that holds it -> (next stage, its phase)."""
         last = cutlass.const_expr(width + 1 == len(self.widths))
         pipeline = (count, stage, phase, full, empty, sX, sCodes, sScales, bias)
-        target = (thread, first_panel, expert, first_slot, slots, shared, mRowScale, mPairs, mOut, limit)
+        place = (first_panel, expert, first_slot, slots, mRowScale, mPairs, mOut.shape[1])
+        target = (thread, first_panel, first_slot, slots, shared, sRows, mOut, limit)
         if cutlass.const_expr(last):
-            sums, stage, phase = self.multiply(self.widths[width], thread, *pipeline)
-            self.store_panels(sums, self.widths[width], *target)
+            sums, factors, rows, stage, phase = self.multiply(self.widths[width], thread, *pipeline, *place)
+            self.store_panels(sums, factors, rows, self.widths[width], *target)
         else:
             if slots <= self.widths[width]:
-                sums, stage, phase = self.multiply(self.widths[width], thread, *pipeline)
-                self.store_panels(sums, self.widths[width], *target)
+                sums, factors, rows, stage, phase = self.multiply(
+                    self.widths[width], thread, *pipeline, *place
+                )
+                self.store_panels(sums, factors, rows, self.widths[width], *target)
             else:
                 stage, phase = self.compute_tile(
                     width + 1,
@@ -309,6 +319,7 @@ class WideExperts(WideLinear):
                     sScales,
                     bias,
                     shared,
+                    sRows,
                     mRowScale,
                     mPairs,
                     mOut,
@@ -320,33 +331,28 @@ class WideExperts(WideLinear):
     def store_panels(
         self,
         sums: tuple,
+        factors: tuple,
+        rows: cute.Tensor,
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         first_panel: Int32,
-        expert: Int32,
         first_slot: Int32,
         slots: Int32,
         shared: Int32,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
+        sRows: cute.Tensor,
         mOut: cute.Tensor,
         limit: Float32,
     ):
         for q in cutlass.range_constexpr(self.group_panels):
+            self.meet(thread // 128)  # what was staged before has been read
+            if cutlass.const_expr(q == 0 and not self.activated):
+                for i in cutlass.range_constexpr(cute.size(rows)):
+                    line = thread % 128 + 128 * i
+                    if line < tokens:
+                        sRows[line, thread // 128] = rows[i]
             column = (first_panel + q) * self.panel_columns
             self.store_slots(
-                sums[q],
-                tokens,
-                thread,
-                column,
-                expert,
-                first_slot,
-                slots,
-                shared,
-                mRowScale,
-                mPairs,
-                mOut,
-                limit,
+                sums[q], factors[q], tokens, thread, column, first_slot, slots, shared, sRows, mOut, limit
             )
 
     @cute.jit
@@ -363,10 +369,19 @@ class WideExperts(WideLinear):
         sCodes: cute.Tensor,
         sScales: cute.Tensor,
         bias: Uint32,
+        panel: Int32,
+        expert: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        columns: Int32,
     ):
-        """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, next stage, its phase).
+        """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, scales of a thread's weight
+        rows in each panel, rows of `out` of every 128th slot, next stage, its phase).
 
-        A warpgroup decodes half a stage's k of a panel while the wgmmas of the half before run.
+        A warpgroup decodes half a stage's k of a panel while the wgmmas of the half before run. What the
+        epilogue reads from memory is fetched while the last ones run.
         """
         c = self.config
         panels = cutlass.const_expr(self.group_panels)
@@ -436,10 +451,24 @@ class WideExperts(WideLinear):
             if stage == c.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+        factors = tuple(cute.make_rmem_tensor(2, Float32) for _ in range(panels))
+        for q in cutlass.range_constexpr(panels):
+            column = (panel + q) * self.panel_columns
+            for h in cutlass.range_constexpr(2):
+                if cutlass.const_expr(self.activated):
+                    n = cutlass.min(column + row_warp * 8 + lane // 4, columns - 1) + h * columns
+                else:
+                    n = cutlass.min(column + row_warp * 16 + lane // 4 + 8 * h, columns - 1)
+                factors[q][h] = mRowScale[expert, n] * Float32(EPILOGUE_SCALE)
+        out_rows = cute.make_rmem_tensor(-(-tokens // 128), Int32)
+        if cutlass.const_expr(not self.activated):
+            for i in cutlass.range_constexpr(-(-tokens // 128)):
+                slot = cutlass.min(thread % 128 + 128 * i, slots - 1)
+                out_rows[i] = mPairs[first_slot + slot]
         warpgroup.wait_group(0)
         if count > 0:
             self.release(empty, previous, lane)
-        return sums, stage, phase
+        return sums, factors, out_rows, stage, phase
 
     @cute.jit
     def load_weights(
@@ -485,8 +514,10 @@ class WideExperts(WideLinear):
         sources = cute.make_rmem_tensor(rows if self.activated else 1, Int32)
         stage = Int32(0)
         phase = Int32(1)  # a fresh barrier counts as released
+        expert, first_slot, slots, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
         for tile in cutlass.range(bid, tiles, ctas, unroll=1):
-            expert, first_slot, slots, _ = load_coherent(table + Int64(tile // row_tiles + 1) * 16)
+            following = cutlass.min(tile + ctas, tiles - 1)
+            next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
             row_tile = tile % row_tiles
             if cutlass.const_expr(self.activated):
                 for i in cutlass.range_constexpr(rows):
@@ -519,20 +550,20 @@ class WideExperts(WideLinear):
                 if stage == c.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
+            expert, first_slot, slots, _ = next_entry
 
     @cute.jit
     def store_slots(
         self,
         acc: cute.Tensor,
+        factor: cute.Tensor,
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         column: Int32,
-        expert: Int32,
         first_slot: Int32,
         slots: Int32,
         shared: Int32,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
+        sRows: cute.Tensor,
         mOut: cute.Tensor,
         limit: Float32,
     ):
@@ -546,17 +577,6 @@ class WideExperts(WideLinear):
         inside = thread % 128
         lane = thread % 32
         row_warp = inside // 32
-        factor = cute.make_rmem_tensor(2, Float32)
-        for h in cutlass.range_constexpr(2):
-            factor[h] = Float32(0.0)
-            if cutlass.const_expr(self.activated):
-                n = column + row_warp * 8 + lane // 4
-                if n < columns:
-                    factor[h] = mRowScale[expert, n + h * columns] * Float32(EPILOGUE_SCALE)
-            else:
-                n = column + row_warp * 16 + lane // 4 + 8 * h
-                if n < columns:
-                    factor[h] = mRowScale[expert, n] * Float32(EPILOGUE_SCALE)
         row_bytes = cutlass.const_expr(self.panel_columns * 2)
         pitch = cutlass.const_expr(row_bytes + 16)  # no bank conflicts
         half_bytes = cutlass.const_expr(CHUNK * pitch)
@@ -568,7 +588,6 @@ class WideExperts(WideLinear):
             address = (lane % 8 + matrix // 2 * 8) * pitch + row_warp * 32 + matrix % 2 * 16
         pieces = cutlass.const_expr(row_bytes // 16)
         slots_per_pass = cutlass.const_expr(128 // pieces)
-        self.meet(group)  # the previous tile's last pieces have been read
         for e in cutlass.range_constexpr(tokens // CHUNK):
             if e * CHUNK < slots:
                 half = buffer + (e % 2) * half_bytes
@@ -594,7 +613,7 @@ class WideExperts(WideLinear):
                             piece[i] = words[i]
                         row = first_slot + slot
                         if cutlass.const_expr(not self.activated):
-                            row = mPairs[row]
+                            row = sRows[slot, group]
                         target = mOut.iterator + (Int64(row) * columns + n)
                         target = cute.recast_ptr(target.align(16), dtype=Uint32)
                         cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
