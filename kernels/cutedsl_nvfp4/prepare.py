@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .format import GROUP_SIZE, check_block_scales, check_global_scale, check_k
-from .sm90.layout import pack_in_place
+from .sm90.layout import pack_experts, pack_in_place
 from .support import Layout
 
 
@@ -33,11 +33,11 @@ class PreparedLinear:
 class PreparedExperts:
     """Operands of E local experts with hidden size H and intermediate size I, expert-major throughout."""
 
-    w13_codes: torch.Tensor  # uint8 [E, 2I, H/2], gate (w1) rows first
-    w13_block_scales: torch.Tensor  # e4m3 [E, 2I, H/16]
-    w13_row_scale: torch.Tensor  # f32 [E, 2I]
-    w2_codes: torch.Tensor  # uint8 [E, H, I/2]
-    w2_block_scales: torch.Tensor  # e4m3 [E, H, I/16]
+    w13_codes: torch.Tensor  # PLAIN: uint8 [E, 2I, H/2], gate (w1) rows first; SM90: int64 [E, P, KB, 256]
+    w13_block_scales: torch.Tensor  # PLAIN: e4m3 [E, 2I, H/16]; SM90: int32 [E, P, KB, 64]
+    w13_row_scale: torch.Tensor  # f32 [E, 2I], gate rows first
+    w2_codes: torch.Tensor  # PLAIN: uint8 [E, H, I/2]; SM90: int64 [E, P, KB, 256]
+    w2_block_scales: torch.Tensor  # PLAIN: e4m3 [E, H, I/16]; SM90: int32 [E, P, KB, 64]
     w2_row_scale: torch.Tensor  # f32 [E, H]
     layout: Layout
 
@@ -141,7 +141,11 @@ def prepare_experts(
     w13_row_scale = w13_global_scales.detach().float().reshape(num_experts, 2)
     w13_row_scale = w13_row_scale.repeat_interleave(intermediate, dim=1).contiguous()
     w2_row_scale = w2_global_scales.detach().float().reshape(num_experts, 1).expand(-1, hidden).contiguous()
-    assert layout is Layout.PLAIN, f"no experts preparation for layout {layout!r}"
+    if layout is Layout.SM90:
+        w13_codes, w13_block_scales = pack_experts(w13_codes, w13_block_scales, gate_up=True)
+        w2_codes, w2_block_scales = pack_experts(w2_codes, w2_block_scales, gate_up=False)
+    else:
+        assert layout is Layout.PLAIN, f"no experts preparation for layout {layout!r}"
     return PreparedExperts(
         w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale, layout
     )

@@ -282,13 +282,11 @@ def expert_widths(config: Wide) -> tuple[int, ...]:
     return widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
 
 
-# (most tokens an expert gets on average, tiles of w13, of w2)
-_EXPERT_RULES = (
-    (6, Narrow(8, 2, 2, 3), Narrow(8, 1, 2, 6)),
-    (10, Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)),
-    (28, *[Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True)] * 2),
-    (56, *[Wide(4, 64, 1, 8, persistent=True)] * 2),
-    (math.inf, *[Wide(4, 128, 1, 7, persistent=True)] * 2),
+# (most tokens an expert gets on average, tiles) whose sums do not depend on the batch
+_INVARIANT_EXPERTS = (
+    (28, Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True)),
+    (56, Wide(4, 64, 1, 8, persistent=True)),
+    (math.inf, Wide(4, 128, 1, 7, persistent=True)),
 )
 
 
@@ -297,29 +295,31 @@ def choose_experts(
 ) -> ExpertTiles:
     """The tiles for `pairs` = M * top-k pairs over `known` experts, of which `experts` are local.
 
-    With `batch_invariant` only the tokens of a tile depend on `pairs`, never the order of a sum.
+    Measured layers take what was fastest for the nearest number of tokens an expert gets on average (by
+    ratio), others the rule of the nearest measured layer. With `batch_invariant` only the tokens of a tile
+    depend on `pairs`, never the order of a sum.
     """
     mean = pairs / known
-    rules = [rule for rule in _EXPERT_RULES if isinstance(rule[1], Wide) or not batch_invariant]
-    _, w13, w2 = next(rule for rule in rules if mean <= rule[0])
-    expected = min(pairs * experts / known, experts * (1 - (1 - 1 / known) ** pairs))
-    if isinstance(w13, Narrow):
-        w13 = _split(w13, expected * -(-2 * intermediate // PANEL_ROWS), hidden)
-    return ExpertTiles(w13, w2)
+    if batch_invariant:
+        config = next(config for most, config in _INVARIANT_EXPERTS if mean <= most)
+        return ExpertTiles(config, config)
+    return _measured_experts(experts, hidden, intermediate, mean)
 
 
-def _split(config: Narrow, ctas: float, k: int) -> Narrow:
-    """`config` with K split until the machine is busy, while every CTA keeps a few stages of K."""
-    split = 1
-    while split < 4 and ctas * split < 264 and k // (2 * split) >= 4 * config.stage_blocks * BLOCK_K:
-        split *= 2
-    return replace(config, split_k=split)
+@cache
+def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float) -> ExpertTiles:
+    from .measured_experts import TABLE, TILES
+
+    def distance(layer: tuple[int, int, int]) -> float:
+        return sum(abs(math.log(a / b)) for a, b in zip(layer, (experts, hidden, intermediate), strict=True))
+
+    rules = TABLE[min(TABLE, key=distance)]
+    return TILES[min(rules, key=lambda rule: abs(math.log(rule[0] / mean)))[1]]
 
 
 def shipped_experts() -> list[tuple[Config, bool]]:
     """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
-    found = []
-    for _, w13, w2 in _EXPERT_RULES:
-        splits = (1, 2, 4) if isinstance(w13, Narrow) else (1,)
-        found += [(replace(w13, split_k=split), True) for split in splits] + [(w2, False)]
-    return found
+    from .measured_experts import TILES
+
+    tiles = [*TILES, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
+    return list(dict.fromkeys(pair for t in tiles for pair in ((t.w13, True), (t.w2, False))))

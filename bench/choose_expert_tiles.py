@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Tuning rows (bench/tune_experts.py) -> kernels/cutedsl_nvfp4/measured_experts.py: few kernels for all rows.
+
+    PYTHONPATH=kernels:bench python3 bench/choose_expert_tiles.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.03]
+
+Tiles are added greedily as bench/choose_tiles.py does, until no (layer, M) is more than `--loss` slower than
+its own best. Layers that differ in their routing only (expert parallelism) share a rule's table.
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+from collections import defaultdict
+
+from choose_tiles import cover
+from shapes import EXPERT_CASES
+
+from cutedsl_nvfp4.tiles import ExpertTiles, Narrow, Wide
+
+OUTPUT = pathlib.Path(__file__).parent.parent / "kernels" / "cutedsl_nvfp4" / "measured_experts.py"
+
+
+def read(paths: list[str]) -> dict:
+    """{(experts, hidden, intermediate, mean tokens of an expert, case): {tiles: us}}"""
+    cases = {case.name: case for case in EXPERT_CASES}
+    names = {"Narrow": Narrow, "Wide": Wide}  # our own repr
+    times: dict[tuple, dict] = defaultdict(dict)
+    for path in paths:
+        content = pathlib.Path(path).read_bytes()
+        for line in (gzip.decompress(content) if path.endswith(".gz") else content).decode().splitlines():
+            row = json.loads(line)
+            case = cases[row["case"]]
+            mean = row["m"] * case.topk / case.known
+            tiles = ExpertTiles(eval(row["w13"], names), eval(row["w2"], names))
+            times[case.experts, case.hidden, case.intermediate, mean, case.name][tiles] = row["us"]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="+")
+    parser.add_argument("--gpu", required=True)
+    parser.add_argument("--loss", type=float, default=0.03)
+    arguments = parser.parse_args()
+    times = read(arguments.rows)
+    chosen = cover(times, arguments.loss)
+    used = {key: min((t for t in chosen if t in found), key=found.get) for key, found in times.items()}
+    tiles = [t for t in chosen if t in set(used.values())]
+    lines = [
+        f'"""Measured on one {arguments.gpu} by bench/tune_experts.py; bench/choose_expert_tiles.py wrote this.',
+        "",
+        "TABLE[experts, hidden, intermediate] lists (tokens an expert gets on average, index into TILES,",
+        "microseconds then), ascending. Do not edit.",
+        '"""',
+        "",
+        "from .tiles import ExpertTiles, Narrow, Wide",
+        "",
+        "TILES = (",
+        *(f"    {t!r}," for t in tiles),
+        ")",
+        "",
+        "TABLE = {",
+    ]
+    layers = defaultdict(list)
+    for (experts, hidden, intermediate, mean, case), t in sorted(used.items(), key=lambda item: item[0]):
+        us = round(times[experts, hidden, intermediate, mean, case][t], 1)
+        layers[experts, hidden, intermediate].append((round(mean, 5), tiles.index(t), us))
+    for layer, rules in sorted(layers.items()):
+        lines.append(f"    {layer}: (")
+        lines += [f"        {rule}," for rule in rules]
+        lines.append("    ),")
+    lines.append("}")
+    OUTPUT.write_text("\n".join(lines) + "\n")
+    print(f"{len(tiles)} pairs of tiles for {len(used)} problems -> {OUTPUT}")
+
+
+if __name__ == "__main__":
+    main()
