@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cutedsl_nvfp4 import compiled
-from cutedsl_nvfp4.sm90 import sass
+from cutedsl_nvfp4.sm90 import experts, sass
 from cutedsl_nvfp4.sm90.compile import compile_linear
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
 from cutedsl_nvfp4.tiles import Narrow, Wide, choose, chosen, general, shipped
@@ -25,6 +25,14 @@ def test_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
     assert sass.problems(cubin, arguments[0]) == []
 
 
+@pytest.mark.parametrize("name", experts.shipped_kernels())
+def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
+    kernel = experts.shipped_kernels()[name]
+    experts.build(*kernel, options=f"--keep-cubin --dump-dir {tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    assert sass.problems(cubin, kernel[1] if kernel[0] == "product" else None, experts=True) == []
+
+
 def test_wrong_machine_code_is_noticed(tmp_path):
     """The reader of machine code can say no: this tile has twice the k blocks of the one it is taken for."""
     compile_linear(Wide(1, 64, 2, 4), torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
@@ -37,19 +45,23 @@ def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
     """Exported and linked by scripts/compile_kernels, then loaded without anything being compiled."""
     name = kernel_name(Narrow(), torch.bfloat16, False, True)
     code = (
-        "import runpy, sys, torch; from cutedsl_nvfp4.sm90 import linear; from cutedsl_nvfp4.tiles import Narrow; "
+        "import runpy, sys, torch; from cutedsl_nvfp4.sm90 import experts, linear; "
+        "from cutedsl_nvfp4.tiles import Narrow; "
         f"linear.shipped_kernels = lambda: {{{name!r}: (Narrow(), torch.bfloat16, False, True)}}; "
+        "experts.shipped_kernels = lambda: {'nvfp4_experts_sm90_route': ('route',)}; "
         f"sys.argv = ['compile_kernels', {str(tmp_path / 'sm_90a')!r}, '--jobs', '1', '--sass']; "
         f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     manifest = json.loads((tmp_path / "sm_90a/manifest.json").read_text())
-    assert manifest["kernels"] == [name] and manifest["architecture"] == "sm_90a"
-    assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", f"{name}.so"]
+    assert manifest["kernels"] == ["nvfp4_experts_sm90_route", name] and manifest["architecture"] == "sm_90a"
+    libraries = [f"{kernel}.so" for kernel in manifest["kernels"]]
+    assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", *libraries]
     monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
     monkeypatch.setenv(compiled.FORBID_JIT, "1")
     assert callable(compiled.compiled(name, lambda: pytest.fail("compiled although it is there")))
+    assert callable(experts.load("nvfp4_experts_sm90_route"))
 
 
 def test_forbidden_compilation_names_the_kernel(monkeypatch, tmp_path):

@@ -138,6 +138,11 @@ def shipped_kernels() -> dict[str, tuple]:
     return {kernel_name(*kernel): kernel for kernel in kernels}
 
 
+def load(name: str) -> Callable:
+    """The kernel called `name`, one of `shipped_kernels`, compiled or loaded now instead of at its first use."""
+    return _kernel(*shipped_kernels()[name])
+
+
 @cache
 def kernel_name(kind: str, *arguments) -> str:
     """The name a kernel has in `compiled` and in the ahead-of-time library."""
