@@ -106,7 +106,9 @@ def test_gate_and_up_rows_alternate_in_eights():
 
 
 @pytest.mark.parametrize("gate_up", [True, False])
-@pytest.mark.parametrize("shape", [(3, 128, 64), (130, 64, 64), (2, 96, 80), (1, 32, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 128, 64), (130, 64, 64), (2, 512, 192), (2, 96, 80), (1, 32, 48)], ids=str
+)
 def test_experts_are_packed_like_single_ones(shape, gate_up):
     codes, scales = random_weight(*shape)
     expected = [

@@ -23,7 +23,7 @@ BLOCK_K = 64
 CODE_WORDS = PANEL_ROWS * BLOCK_K // 16  # int64 a block
 SCALE_WORDS = PANEL_ROWS * BLOCK_K // 64  # int32 a block
 CHUNK = 1 << 23  # weights that `pack_in_place` works on at a time, some 4 bytes each
-PACK_CHUNKS = 64  # of a layer's experts; packing one needs about six times its bytes
+PACK_CHUNKS = 64  # of a layer's experts; packing one takes about five times its bytes
 
 _E4M3_VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 _SCALE_BYTES = torch.tensor([scale_byte(v) if v > 0 else 0 for v in _E4M3_VALUES.tolist()], dtype=torch.uint8)
@@ -126,15 +126,18 @@ def pack_in_place(
 def pack_experts(
     codes: torch.Tensor, block_scales: torch.Tensor, gate_up: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checkpoint experts -> `pack_linear` of each, in the arguments' own storage, a few experts at a time.
+    """Checkpoint experts -> `pack_linear` of each, in the operands' own storage, a 64th of the layer at a time.
 
     codes uint8 [E, N, K/2] and block_scales e4m3 [E, N, K/16], contiguous; both are overwritten, unless N or
     K is no multiple of 64 and the result is larger. Rows of w13 (`gate_up`) are interleaved. Raises
     ValueError as `pack_linear` does.
     """
-    experts, n, k = codes.shape[0], codes.shape[1], 2 * codes.shape[2]
-    shape = packed_shape(n, k)
-    if n % PANEL_ROWS or k % BLOCK_K:
+    experts, n, half = codes.shape
+    chunk = -(-experts * n * 2 * half // PACK_CHUNKS)
+    if not gate_up:
+        return pack_in_place(codes, block_scales, chunk)
+    shape = packed_shape(n, 2 * half)
+    if n % PANEL_ROWS or 2 * half % BLOCK_K:
         packed_codes = codes.new_empty((experts, *shape, CODE_WORDS), dtype=torch.int64)
         packed_scales = codes.new_empty((experts, *shape, SCALE_WORDS), dtype=torch.int32)
     else:
@@ -143,10 +146,8 @@ def pack_experts(
     step = -(-experts // PACK_CHUNKS)
     for first in range(0, experts, step):
         some = slice(first, first + step)
-        rows = (codes[some], block_scales[some])
-        packed_codes[some], packed_scales[some] = pack_linear(
-            *(interleave_gate_up(r) if gate_up else r for r in rows)
-        )
+        rows = interleave_gate_up(codes[some]), interleave_gate_up(block_scales[some])
+        packed_codes[some], packed_scales[some] = pack_in_place(*rows, chunk)
     return packed_codes, packed_scales
 
 
