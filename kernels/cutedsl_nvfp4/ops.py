@@ -13,6 +13,7 @@ import torch
 
 from . import reference, settings
 from .format import GROUP_SIZE, SCALE_DTYPE
+from .sm90 import experts as sm90_experts
 from .sm90 import linear as sm90_linear
 
 
@@ -100,8 +101,23 @@ def nvfp4_experts(
     quantize_activations: bool,
     swiglu_limit: float | None,
     out_dtype: torch.dtype,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """x [M, H] through its top-k prepared experts -> [M, H] of `out_dtype`; see reference.experts."""
+    """x [M, H] through its top-k prepared experts -> [M, H] of `out_dtype`; see reference.experts.
+
+    The dtype of the codes tells the layout they were prepared in; `batch_invariant` as in `nvfp4_linear`.
+    """
+    if w13_codes.dtype == torch.int64:  # Layout.SM90
+        if quantize_activations:
+            raise ValueError("operands prepared for Hopper are multiplied in W4A16 only")
+        return sm90_experts.run(
+            x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale,
+            topk_weights, topk_ids, expert_map,
+            hidden=w2_row_scale.shape[1], intermediate=w13_row_scale.shape[1] // 2,
+            swiglu_limit=swiglu_limit, out_dtype=out_dtype, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if batch_invariant:
+        raise ValueError("the torch reference does not promise batch-invariant results")
     if x.dim() != 2 or topk_ids.shape != topk_weights.shape or topk_ids.shape[0] != x.shape[0]:
         raise ValueError(
             f"x must be [M, H] and topk_ids, topk_weights [M, T], got {tuple(x.shape)}, "
@@ -117,7 +133,8 @@ def nvfp4_experts(
 
 @nvfp4_experts.register_fake
 def _(x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale, topk_weights,
-      topk_ids, act_scale_13, act_scale_2, expert_map, quantize_activations, swiglu_limit, out_dtype):  # fmt: skip
+      topk_ids, act_scale_13, act_scale_2, expert_map, quantize_activations, swiglu_limit, out_dtype,
+      batch_invariant=False):  # fmt: skip
     return x.new_empty(x.shape, dtype=out_dtype)
 
 

@@ -28,7 +28,7 @@ class Support:
 
 # Kernels of this build by compute capability (major * 10 + minor).
 _LINEAR_KERNELS: dict[int, Layout] = {90: Layout.SM90}
-_EXPERTS_KERNELS: dict[int, Layout] = {}
+_EXPERTS_KERNELS: dict[int, Layout] = {90: Layout.SM90}
 
 
 def _support(operation: str, kernels: dict[int, Layout], device_type: str, capability: int | None) -> Support:

@@ -83,19 +83,25 @@ def run(
     out_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
     config: ExpertTiles | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, on torch's current stream; see reference.experts.
 
     Weights come from `layout.pack_experts`. They, row scales, topk_weights, topk_ids and expert_map follow
     the rule of `linear.run`: no kernel that lets its successor start early may write them. A pair whose id
     is negative, unknown or maps to -1 adds nothing. The result is the same in every run; with
-    `batch_invariant` a row's does not depend on the other rows. `config` overrides the measured choice.
-    Raises ValueError for operands that do not fit.
+    `batch_invariant` a row's does not depend on the other rows. `config` overrides the measured choice,
+    `out` receives the result instead of new memory. Raises ValueError for operands that do not fit.
     """
     w13, w2 = (w13_codes, w13_scales, w13_row_scale), (w2_codes, w2_scales, w2_row_scale)
     _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype)
     m, topk = topk_ids.shape
-    out = torch.empty((m, hidden), dtype=out_dtype, device=x.device)
+    if out is None:
+        out = torch.empty((m, hidden), dtype=out_dtype, device=x.device)
+    elif out.shape != (m, hidden) or out.dtype != out_dtype or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous {out_dtype} {(m, hidden)}, got {out.dtype} {tuple(out.shape)}"
+        )
     if m == 0:
         return out
     if topk == 0:

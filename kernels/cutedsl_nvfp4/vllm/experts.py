@@ -3,6 +3,7 @@
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from torch.nn import Module, Parameter
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -25,6 +26,7 @@ from ..prepare import prepare_experts
 from .linear import current_support, refuse_second_preparation
 from .refusals import refuse_unsupported
 
+ALL2ALL_BACKENDS = ("allgather_reducescatter", "naive")  # those that hand over plain rows of tokens
 W13_INPUT, W2_INPUT = "w13 input", "w2 input"
 
 
@@ -40,6 +42,7 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
             refuse_unsupported(vllm_config, type(self).__name__)
         self.support = current_support(support.experts)
         self.quantize_activations = support.quantizes_activations(self.support.layout)
+        self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self._supports_batch_invariance()
         self.layer: Module | None = None
 
     @property
@@ -61,6 +64,17 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         found = current_support(support.experts)
         if not found:
             return False, found.reason
+        parallel = moe_config.moe_parallel_config
+        if parallel.use_all2all_kernels and parallel.all2all_backend not in ALL2ALL_BACKENDS:
+            return False, (
+                f"tokens come in vLLM's standard format, and --all2all-backend {parallel.all2all_backend} has another; "
+                f"use {' or '.join(ALL2ALL_BACKENDS)}"
+            )
+        if found.layout is support.Layout.SM90 and moe_config.in_dtype != torch.bfloat16:
+            return (
+                False,
+                f"the Hopper kernels multiply bfloat16 activations, --dtype is {moe_config.in_dtype}",
+            )
         return mk.FusedMoEExperts.is_supported_config(
             cls, moe_config, weight_key, activation_key, activation_format
         )
@@ -84,6 +98,10 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
         return True
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return current_support(support.experts).layout is support.Layout.SM90
 
     @staticmethod
     def _supports_routing_method(
@@ -124,6 +142,14 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
             scales = {key: torch.ones_like(scale) for key, scale in scales.items()}
         layer.act_scale_13 = Parameter(scales[W13_INPUT], requires_grad=False)
         layer.act_scale_2 = Parameter(scales[W2_INPUT], requires_grad=False)
+
+    def moe_problem_size(
+        self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
+    ) -> tuple[int, int, int, int, int]:
+        """(E, M, 2I, H, T): not to be read off packed weights."""
+        assert self.layer is not None, "experts called before their weights were prepared"
+        experts, two_i = self.layer.w13_row_scale.shape
+        return experts, a1.shape[0], two_i, a1.shape[1], topk_ids.shape[1]
 
     def workspace_shapes(
         self,
@@ -178,7 +204,7 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         else:
             result = torch.ops.cutedsl.nvfp4_experts(
                 *operands, layer.act_scale_13, layer.act_scale_2, expert_map,
-                self.quantize_activations, limit, output.dtype,
+                self.quantize_activations, limit, output.dtype, self.batch_invariant,
             )  # fmt: skip
         output.copy_(result)
 
