@@ -1,7 +1,6 @@
 """W4A4 stays as close to float32 as NVFP4 allows, in every layer kind and under every policy (numerics.py)."""
 
 import pytest
-import torch
 from numerics import (
     EXPERT_KINDS,
     KINDS,
@@ -16,6 +15,7 @@ from numerics import (
     sources,
 )
 
+from cutedsl_nvfp4.activation_scale import LOOSE
 from cutedsl_nvfp4.settings import ActivationScale
 
 GEMM_BAR = 0.994
@@ -52,7 +52,6 @@ def test_every_layer_on_heavy_tails(heavy_tailed, policy):
     larger values than calibration and warm-up have shown.
     """
     warm, measured, exported = heavy_tailed
-    short = {name: row for *row, in () for name in ()}
     short = {
         name: (kind, fit)
         for kind, name, fit in everything(policy, warm, measured, exported)
@@ -90,4 +89,10 @@ def test_saturation_costs_accuracy_and_the_guard_restores_it(caplog):
     assert reported == set(warm.linear)
 
 
-assert torch
+def test_a_loose_scale_costs_nothing_below_the_factor_that_is_reported(caplog):
+    warm, _ = demo_activations()
+    assert worst_linear(warm, LOOSE / 2) >= GEMM_BAR
+    assert not [message for message in caplog.messages if "times what" in message]
+    assert worst_linear(warm, LOOSE * 256) < GEMM_BAR
+    reported = {message.split(":")[0] for message in caplog.messages if "times what" in message}
+    assert reported == set(warm.linear)

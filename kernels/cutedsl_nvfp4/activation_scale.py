@@ -23,6 +23,7 @@ from .settings import ActivationScale
 logger = logging.getLogger(__name__)
 
 LISTED = 8  # experts named in a report
+LOOSE = 1024  # a scale this many times too large is reported; up to it NVFP4 loses nothing (docs/correctness.md)
 
 
 class ActivationScales:
@@ -114,6 +115,13 @@ class ActivationScales:
             logger.info(
                 "%s: the warm-up text reached %d of %d scales of %s; the others are taken as exported, unchecked",
                 self.name, int((seen > 0).sum()), seen.numel(), key,
+            )  # fmt: skip
+        if bool((seen > 0).any()) and bool((scale > LOOSE * seen)[seen > 0].all()):
+            logger.warning(
+                "%s: input_scale of %s is %.6g, %.3g times what the warm-up text needs; small values become zero. "
+                "It multiplies when dequantizing (amax / 2688): export it so if it is the reciprocal, or set "
+                "CUTEDSL_NVFP4_ACTIVATION_SCALE=dynamic",
+                self.name, key, float(scale.max()), float(scale.max() / seen.max()),
             )  # fmt: skip
         too_small = seen > scale
         if not bool(too_small.any()):

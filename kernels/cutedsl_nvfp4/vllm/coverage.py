@@ -5,13 +5,14 @@ missing expert or one missing half of a fused layer goes unnoticed, and packed c
 cannot be told from others by value.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch.nn import Module
+
+from .checkpoint_files import read_checkpoint
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 OPTIONAL_PARAMETERS = ((r"input_scale$", "W4A16 and dynamic activation scales need none"),)
@@ -27,13 +28,8 @@ LISTED = 10  # names shown in an error
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:
-    """Names of all tensors in safetensors `files`, from their headers."""
-    names: set[str] = set()
-    for file in files:
-        with open(file, "rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            names |= json.loads(handle.read(size)).keys() - {"__metadata__"}
-    return names
+    """Names of all tensors in safetensors `files`, from their headers, once files and index are checked."""
+    return set(read_checkpoint(files))
 
 
 def _place(name: str, parameters: set[str]) -> tuple[str, str] | None:
