@@ -1,17 +1,20 @@
 """A checkpoint's safetensors files and index, checked from headers alone before any tensor is read.
 
 safetensors itself checks a file: the header's length and JSON, that tensors fill the file without gaps, that
-shapes fit their bytes. It does not name the file, and nothing compares files with the index, or dtypes with
-what NVFP4 needs: vLLM casts whatever it finds. Flipped bits inside a tensor's data are out of reach here.
+shapes fit their bytes. It does not name the file. Nothing compares files with the index, or dtypes and shapes
+with what the model needs: vLLM casts what it finds, and some of its loaders fill a parameter in part. Flipped
+bits inside a tensor's data are out of reach here.
 """
 
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ..format import GROUP_SIZE
@@ -23,6 +26,13 @@ AGAIN = "download it again if it is incomplete, or export the checkpoint again"
 LISTED = 5  # names shown in an error
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"}
+# {dtype of a parameter: dtypes of a tensor it can take without losing its meaning}; others are left to the loader
+STORED_DTYPES = {
+    **dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), FLOATS),
+    **dict.fromkeys((torch.int32, torch.int64), INTEGERS),
+    torch.uint8: {"U8", "I8"},
+}
 # A layer with the first tensor is NVFP4: {tensor: dtypes it may have}. ModelOpt's names, compressed-tensors'.
 NVFP4_DTYPES = (
     {"weight_scale_2": FLOATS, "weight": {"U8"}, "weight_scale": {"F8_E4M3"}, "input_scale": FLOATS},
@@ -140,14 +150,15 @@ def _check_nvfp4(tensors: dict[str, StoredTensor]) -> None:
                         f"{layer}{leaf} in {tensor.file} has dtype {tensor.dtype}, but {marker} makes its layer NVFP4, "
                         f"which needs {' or '.join(sorted(allowed))}; convert or export the checkpoint again"
                     )
-                if tensor is not None and not math.prod(tensor.shape):
+                if tensor is not None and allowed is FLOATS and math.prod(tensor.shape) != 1:
                     raise ValueError(
-                        f"{layer}{leaf} in {tensor.file} is empty: shape {tensor.shape}; {AGAIN}"
+                        f"{layer}{leaf} in {tensor.file} has shape {tensor.shape}, but NVFP4 has one global scale per "
+                        f"tensor; convert or export the checkpoint again"
                     )
             codes, scales = tensors.get(layer + codes_leaf), tensors.get(layer + scales_leaf)
             if codes is None or scales is None:
                 continue  # coverage lists what is missing
-            if len(codes.shape) < 2 or (2 * codes.shape[-1]) % GROUP_SIZE:
+            if len(codes.shape) < 2 or not math.prod(codes.shape) or (2 * codes.shape[-1]) % GROUP_SIZE:
                 raise ValueError(
                     f"{layer}{codes_leaf} in {codes.file} has shape {codes.shape}; packed NVFP4 codes are [N, K/2] with "
                     f"K a multiple of {GROUP_SIZE}. Convert or export the checkpoint again"
@@ -181,3 +192,57 @@ def read_checkpoint(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
             _check_index(folder / INDEX, tensors)
     _check_nvfp4(tensors)
     return tensors
+
+
+def check_whole_parameters(
+    tensors: dict[str, StoredTensor],
+    parameter_of: Callable[[str], tuple[torch.Tensor, tuple[int, ...]] | None],
+    ranks: int,
+) -> None:
+    """Raise ValueError where a tensor cannot be the parameter it fills alone.
+
+    `parameter_of(name)` is (parameter, shape of the tensor it takes, of which a rank may hold 1 / `ranks` along
+    any dimension), or None for a tensor that is only a segment of its parameter or has none.
+    """
+    for name, tensor in tensors.items():
+        found = parameter_of(name)
+        if found is None or found[0].dtype not in STORED_DTYPES or tensor.dtype.startswith("F8_"):
+            continue
+        parameter, shape = found
+        allowed = STORED_DTYPES[parameter.dtype]
+        if tensor.dtype not in allowed:
+            raise ValueError(
+                f"{name} in {tensor.file} has dtype {tensor.dtype}, but the model keeps it as {parameter.dtype}; "
+                f"expected {' or '.join(sorted(allowed))}. Convert or export the checkpoint again"
+            )
+        stored, wanted = tensor.shape or (1,), shape or (1,)
+        fits = len(stored) == len(wanted) and all(
+            own in (size, size * ranks) for own, size in zip(stored, wanted)
+        )
+        if not fits:
+            raise ValueError(
+                f"{name} in {tensor.file} has shape {tensor.shape}, but the model needs {shape}"
+                + (f" on each of {ranks} ranks" if ranks > 1 else "")
+                + "; config.json and weights belong to different checkpoints, or the tensor was cut"
+            )
+
+
+@contextmanager
+def naming_the_tensor(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Iterator]:
+    """Gives an iterator over `weights`; an error raised inside gets a note that names the last one handed out."""
+    last: list[str] = []
+
+    def handed_out() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            last[:] = [f"{name} ({tensor.dtype}, shape {tuple(tensor.shape)})"]
+            yield name, tensor
+
+    try:
+        yield handed_out()
+    except Exception as error:
+        if last:
+            error.add_note(
+                f"while loading {last[0]} of the checkpoint: it does not fit the model that config.json describes. "
+                f"Check that both belong together; {AGAIN}"
+            )
+        raise
