@@ -72,7 +72,9 @@ class Activations:
     """Inputs of every quantized layer on some texts, bf16, by native layer name."""
 
     linear: dict[str, torch.Tensor]  # [M, groups * K]
-    routed: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # x [M, H], topk weights and ids [M, T]
+    routed: dict[
+        str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ]  # x [M, H], topk weights and ids [M, T]
 
 
 @cache
@@ -207,9 +209,7 @@ def linear_operands(name: str) -> PreparedLinear:
     codes, block_scales, global_scale = (
         tensors[f"{name}.{leaf}"] for leaf in ("weight", "weight_scale", "weight_scale_2")
     )
-    return prepare_linear(
-        codes, block_scales, global_scale, [codes.shape[0]], layout=Layout.PLAIN, name=name
-    )
+    return prepare_linear(codes, block_scales, global_scale, [codes.shape[0]], layout=Layout.PLAIN, name=name)
 
 
 def _stacked(name: str, matrices: tuple[str, ...], leaf: str) -> torch.Tensor:
@@ -280,7 +280,10 @@ def calibrated_on(activations: Activations) -> Callable[[str], dict[str, torch.T
 
 
 def settled(
-    policy: ActivationScale, exported: dict[str, torch.Tensor], show: Callable[[ActivationScales], None], name: str
+    policy: ActivationScale,
+    exported: dict[str, torch.Tensor],
+    show: Callable[[ActivationScales], None],
+    name: str,
 ) -> dict[str, torch.Tensor | None]:
     """The scales that `policy` serves with, from the exported ones and the warm-up; None: per token."""
     scales = ActivationScales.from_checkpoint(policy, exported, name)
@@ -362,7 +365,10 @@ def routed_experts(
     _, model = demo()
     for name, (x, weights, ids) in measured.routed.items():
         scales = settled(
-            policy, exported(name), lambda scales, name=name: _show_experts(name, warm.routed[name], scales), name
+            policy,
+            exported(name),
+            lambda scales, name=name: _show_experts(name, warm.routed[name], scales),
+            name,
         )
         prepared = expert_operands(name)
         module = model.model.layers[int(name.split(".")[1])].mlp.experts
@@ -376,13 +382,16 @@ def routed_experts(
                 ("routed w13", "w13", rows, W13_INPUT), ("routed w2", "w2", middle, W2_INPUT)
             ):  # fmt: skip
                 codes, block_scales, row_scale = (
-                    getattr(prepared, f"{operand}_{part}")[expert] for part in ("codes", "block_scales", "row_scale")
+                    getattr(prepared, f"{operand}_{part}")[expert]
+                    for part in ("codes", "block_scales", "row_scale")
                 )
                 one = PreparedLinear(
                     codes, block_scales, row_scale, codes.shape[0], 2 * codes.shape[1], Layout.PLAIN
                 )
                 scale = scales[key]
-                of_expert = None if scale is None else scale if scale.numel() == 1 else scale[expert : expert + 1]
+                of_expert = (
+                    None if scale is None else scale if scale.numel() == 1 else scale[expert : expert + 1]
+                )
                 pairs[kind][0].append(_linear(inputs, one, of_expert).flatten())
                 pairs[kind][1].append(exact[kind].flatten())
         for kind, (got, exact) in pairs.items():

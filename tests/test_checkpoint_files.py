@@ -222,7 +222,9 @@ def test_an_index_of_anything(tmp_path, index):
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"weight_map": {"a": "1", "a": "2"}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"weight_map": {"a": "1", "a": "2"}}']
+)
 def test_an_index_that_is_no_json(tmp_path, content):
     file = tmp_path / INDEX
     file.write_bytes(content)
@@ -256,7 +258,9 @@ def test_wrong_dtype_under_compressed_tensors_names(tmp_path):
         f"{LAYER}.weight_scale": torch.ones(4, 4),
         f"{LAYER}.weight_global_scale": torch.tensor([2.0]),
     }
-    with pytest.raises(ValueError, match=rf"{LAYER}\.weight_scale in .* has dtype F32, but weight_global_scale"):
+    with pytest.raises(
+        ValueError, match=rf"{LAYER}\.weight_scale in .* has dtype F32, but weight_global_scale"
+    ):
         read_checkpoint(write(tmp_path, layer))
 
 
@@ -274,7 +278,9 @@ def test_shapes(tmp_path, codes, scales):
         f"{LAYER}.weight_scale": torch.ones(scales).to(torch.float8_e4m3fn),
     }
     files = write(tmp_path, layer)
-    valid = len(codes) >= 2 and 0 not in codes and codes[-1] % 8 == 0 and scales == (*codes[:-1], codes[-1] // 8)
+    valid = (
+        len(codes) >= 2 and 0 not in codes and codes[-1] % 8 == 0 and scales == (*codes[:-1], codes[-1] // 8)
+    )
     if valid:
         assert read_checkpoint(files)[f"{LAYER}.weight"].shape == codes
     else:
@@ -287,7 +293,9 @@ def test_shapes(tmp_path, codes, scales):
 @pytest.mark.parametrize("count", [0, 2])
 def test_one_global_scale_per_tensor(tmp_path, leaf, count):
     files = write(tmp_path, nvfp4_layer() | {f"{LAYER}.{leaf}": torch.ones(count)})
-    with pytest.raises(ValueError, match=rf"{LAYER}\.{leaf} in .*shape \({count},\).* one global scale per tensor"):
+    with pytest.raises(
+        ValueError, match=rf"{LAYER}\.{leaf} in .*shape \({count},\).* one global scale per tensor"
+    ):
         read_checkpoint(files)
 
 
@@ -304,8 +312,18 @@ def test_one_global_scale_per_tensor(tmp_path, leaf, count):
         (torch.zeros(7), torch.zeros(8), 1, r"has shape \(7,\), but the model needs \(8,\)"),
         (torch.zeros(8, 2), torch.zeros(8), 1, r"has shape \(8, 2\)"),
         (torch.zeros(12, 8), torch.zeros(8, 8), 2, "on each of 2 ranks"),
-        (torch.zeros(8, dtype=torch.int8), torch.zeros(8), 1, "has dtype I8, but the model keeps it as torch.float32"),
-        (torch.zeros(8), torch.zeros(8, dtype=torch.int32), 1, "has dtype F32, but the model keeps it as torch.int32"),
+        (
+            torch.zeros(8, dtype=torch.int8),
+            torch.zeros(8),
+            1,
+            "has dtype I8, but the model keeps it as torch.float32",
+        ),
+        (
+            torch.zeros(8),
+            torch.zeros(8, dtype=torch.int32),
+            1,
+            "has dtype F32, but the model keeps it as torch.int32",
+        ),
     ],
 )
 def test_tensor_and_parameter(tmp_path, stored, parameter, ranks, message):
@@ -327,6 +345,8 @@ def test_an_error_while_loading_names_the_tensor():
     with pytest.raises(AssertionError) as error, naming_the_tensor(weights) as named:
         for name, _ in named:
             assert name != "b.weight"
-    assert any("while loading b.weight (torch.float32, shape (3, 4))" in note for note in error.value.__notes__)
+    assert any(
+        "while loading b.weight (torch.float32, shape (3, 4))" in note for note in error.value.__notes__
+    )
     with naming_the_tensor(weights) as named:
         assert list(named) == weights

@@ -60,7 +60,9 @@ def test_every_layer_on_heavy_tails(heavy_tailed, policy):
     assert policy is not ActivationScale.DYNAMIC or not short
     assert not [name for name in short if norm_before(name) is not None]
     if short:
-        unseen = {name for name in short if measured.linear[name].abs().amax() > warm.linear[name].abs().amax()}
+        unseen = {
+            name for name in short if measured.linear[name].abs().amax() > warm.linear[name].abs().amax()
+        }
         assert unseen == set(short)
         wide_enough = everything(policy, measured, measured, exported)
         assert not [row for row in wide_enough if short_of_the_bar(row[0], row[2])]

@@ -23,14 +23,20 @@ from .settings import ActivationScale
 logger = logging.getLogger(__name__)
 
 LISTED = 8  # experts named in a report
-LOOSE = 1024  # a scale this many times too large is reported; up to it NVFP4 loses nothing (docs/correctness.md)
+LOOSE = (
+    1024  # a scale this many times too large is reported; up to it NVFP4 loses nothing (docs/correctness.md)
+)
 
 
 class ActivationScales:
     """Where one layer's activation global scales come from, and their values once known."""
 
     def __init__(
-        self, policy: ActivationScale, inputs: tuple[str, ...], name: str, sizes: tuple[int, ...] | None = None
+        self,
+        policy: ActivationScale,
+        inputs: tuple[str, ...],
+        name: str,
+        sizes: tuple[int, ...] | None = None,
     ):
         """`inputs` names what is quantized, e.g. ("x",) or ("w13 input", "w2 input"); `name`, the layer.
 
