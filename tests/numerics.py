@@ -3,12 +3,11 @@
 Weights are the demo's. Inputs are what its layers see on texts, or heavy-tailed synthetic ones; scales never
 come from the tokens that are measured. The float32 side is transformers' own modules on the dequantized weights.
 
-`python tests/numerics.py` prints the tables of docs/correctness.md.
+`PYTHONPATH=demo .venv/bin/python tests/numerics.py` prints the tables of docs/correctness.md.
 """
 
 import logging
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-
 from recipe import export, rounding, texts
 from recipe.model import CONFIG, tokenizer
 
@@ -31,6 +26,7 @@ from cutedsl_nvfp4.prepare import PreparedExperts, PreparedLinear, prepare_exper
 from cutedsl_nvfp4.settings import ActivationScale
 from cutedsl_nvfp4.support import Layout
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "q_a": r"attn\.wq_a$",
     "q_b": r"attn\.wq_b$",

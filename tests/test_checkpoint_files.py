@@ -138,12 +138,12 @@ def test_a_bit_flipped_in_a_header(two_shards, tmp_path, data):
     whole[data.draw(st.integers(0, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
     flipped = tmp_path / "flipped.safetensors"
     flipped.write_bytes(whole)
+    message, tensors = "", {}
     try:
         tensors = {name: (t.dtype, t.shape) for name, t in read_header(flipped).items()}
     except ValueError as error:
-        assert str(flipped) in str(error)
-    else:
-        assert tensors == original or tensors.keys() != original.keys()
+        message = str(error)
+    assert str(flipped) in message or tensors == original or tensors.keys() - original.keys()
 
 
 def test_a_file_that_is_missing_or_a_folder(tmp_path):
@@ -238,7 +238,9 @@ def test_an_index_that_is_no_json(tmp_path, content):
 
 WRONG = {
     "weight": [torch.zeros(4, 32, dtype=torch.int32), torch.zeros(4, 32, dtype=torch.bfloat16)],
-    "weight_scale": [torch.ones(4, 4), torch.full((4, 4), 127, dtype=torch.uint8), torch.ones(4, 4).to(torch.float8_e5m2)],
+    "weight_scale": [
+        torch.ones(4, 4), torch.ones(4, 4).to(torch.float8_e5m2), torch.full((4, 4), 127, dtype=torch.uint8)
+    ],
     "weight_scale_2": [torch.tensor(1), torch.tensor(True)],
     "input_scale": [torch.tensor(1)],
 }  # fmt: skip
@@ -342,11 +344,16 @@ def test_tensor_and_parameter(tmp_path, stored, parameter, ranks, message):
 
 def test_an_error_while_loading_names_the_tensor():
     weights = [("a", torch.zeros(2)), ("b.weight", torch.zeros(3, 4)), ("c", torch.zeros(5))]
-    with pytest.raises(AssertionError) as error, naming_the_tensor(weights) as named:
-        for name, _ in named:
-            assert name != "b.weight"
-    assert any(
-        "while loading b.weight (torch.float32, shape (3, 4))" in note for note in error.value.__notes__
-    )
-    with naming_the_tensor(weights) as named:
-        assert list(named) == weights
+
+    def load(limit: int) -> list[str]:
+        loaded = []
+        with naming_the_tensor(weights) as named:
+            for name, tensor in named:
+                assert tensor.numel() <= limit
+                loaded.append(name)
+        return loaded
+
+    with pytest.raises(AssertionError) as error:
+        load(5)
+    assert "while loading b.weight (torch.float32, shape (3, 4))" in error.value.__notes__[0]
+    assert load(12) == ["a", "b.weight", "c"]

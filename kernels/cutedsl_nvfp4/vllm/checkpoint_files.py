@@ -160,8 +160,8 @@ def _check_nvfp4(tensors: dict[str, StoredTensor]) -> None:
                 continue  # coverage lists what is missing
             if len(codes.shape) < 2 or not math.prod(codes.shape) or (2 * codes.shape[-1]) % GROUP_SIZE:
                 raise ValueError(
-                    f"{layer}{codes_leaf} in {codes.file} has shape {codes.shape}; packed NVFP4 codes are [N, K/2] with "
-                    f"K a multiple of {GROUP_SIZE}. Convert or export the checkpoint again"
+                    f"{layer}{codes_leaf} in {codes.file} has shape {codes.shape}; packed NVFP4 codes are [N, K/2] "
+                    f"with K a multiple of {GROUP_SIZE}. Convert or export the checkpoint again"
                 )
             expected = (*codes.shape[:-1], 2 * codes.shape[-1] // GROUP_SIZE)
             if scales.shape != expected:
