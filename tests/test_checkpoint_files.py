@@ -182,13 +182,13 @@ def test_index_names_a_missing_file(two_shards):
 @pytest.mark.parametrize(
     "target",
     ["../model-1.safetensors", "/etc/passwd", "sub/model-1.safetensors", "./model-1.safetensors", "..", "", ".",
-     "model-1.safetensors\0", "..\\model-1.safetensors", 1, None, ["model-1.safetensors"]],
+     "..\\model-1.safetensors", 1, None, ["model-1.safetensors"]],
 )  # fmt: skip
 def test_index_points_out_of_its_folder_or_nowhere(two_shards, target):
     outside = two_shards[0].parent.parent / two_shards[0].name
     outside.write_bytes(two_shards[0].read_bytes())
     message = index_refused(two_shards, lambda index: index.update({"norm.weight": target}))
-    assert "norm.weight" in message or "not in its folder" in message
+    assert f"puts norm.weight into {target!r}, which is not the name of a file in the same folder" in message
 
 
 def test_index_puts_a_tensor_into_the_wrong_shard(two_shards):

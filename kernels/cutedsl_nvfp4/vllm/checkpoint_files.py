@@ -100,7 +100,12 @@ def read_index(file: str | Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{file} has no weight_map of tensors to files; {AGAIN}")
     for name, target in weight_map.items():
-        if not isinstance(target, str) or Path(target).name != target or "\\" in target or "\0" in target:
+        if (
+            not isinstance(target, str)
+            or target in ("", "..")
+            or Path(target).name != target
+            or "\\" in target
+        ):
             raise ValueError(
                 f"{file} puts {name} into {target!r}, which is not the name of a file in the same folder; {AGAIN}"
             )
