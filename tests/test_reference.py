@@ -455,7 +455,7 @@ def test_observe_sees_both_inputs_of_the_experts(random_weight):
     seen = []
     experts(x, *layer.operands, weights, ids, observe=lambda index, *tensors: seen.append((index, *tensors)))
     assert seen[0][0] == 0 and torch.equal(seen[0][1], x)
-    assert [index for index, _ in seen[1:]] == [1]
+    assert [index for index, *_ in seen[1:]] == [1]
     assert len(seen[1][1]) == ids.numel() and seen[1][2].tolist() == sorted(ids.flatten().tolist())
     first = int(ids.unique()[0])
     token = int((ids == first).nonzero()[0, 0])
