@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from cutedsl_nvfp4.activation_scale import ActivationScales
+from cutedsl_nvfp4.activation_scale import LOOSE, ActivationScales
 from cutedsl_nvfp4.settings import ActivationScale
 
 NAME = "model.layers.3.attn.wq_a"
@@ -79,8 +79,8 @@ def test_checkpoint_scale_that_would_saturate_is_raised_and_reported(caplog):
     assert settled.tolist() == [2.0]
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
     message = caplog.messages[0]
-    assert message.startswith(f"{NAME}: input_scale of x is 1, but the warm-up text needs 2")
-    assert "recalibrate" in message
+    assert message.startswith(f"{NAME}: input_scale of x is 1, but the warm-up text needs 2, 2 times as much")
+    assert "saturate" in message and "recalibrate" in message
 
 
 def test_guard_raises_only_the_experts_that_need_it():
@@ -91,6 +91,81 @@ def test_guard_raises_only_the_experts_that_need_it():
 def test_checkpoint_scale_survives_a_warmup_that_saw_nothing():
     assert warmed(ActivationScale.CHECKPOINT, torch.tensor([0.25])).tolist() == [0.25]
     assert warmed(ActivationScale.CHECKPOINT, torch.tensor([0.25]), torch.zeros(2, 4)).tolist() == [0.25]
+
+
+def settled_experts(scale: list[float], rows: list[float], experts: list[int]) -> list[float]:
+    """The scales of w2's input, one per expert, after expert experts[i] saw an amax of rows[i] * 2688."""
+    exported = {"w13 input": torch.ones(1), "w2 input": torch.tensor(scale)}
+    scales = ActivationScales.from_checkpoint(ActivationScale.CHECKPOINT, exported, NAME)
+    scales.start_observing(CPU)
+    scales.observe(0, torch.tensor([[2688.0]]))
+    x = torch.tensor(rows).unsqueeze(1) * torch.tensor([[2688.0, -1344.0]])
+    scales.observe(1, x, torch.tensor(experts))
+    return scales.stop_observing(exported)["w2 input"].tolist()
+
+
+def test_guard_compares_every_expert_with_what_it_saw_itself(caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        settled = settled_experts([1.0, 1.0, 4.0, 2.0], [3.0, 0.5, 3.5, 2.5, 0.1], [0, 1, 2, 3, 0])
+    assert settled == [3.0, 1.0, 4.0, 2.5]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(
+        f"{NAME}: input_scale of w2 input of expert 0, the worst of 2 too small ones (0, 3), is 1, "
+        f"but the warm-up text needs 3, 3 times as much"
+    )
+
+
+def test_experts_that_suffice_are_not_reported(caplog):
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert settled_experts([3.0, 1.0], [3.0, 0.5], [0, 1]) == [3.0, 1.0]
+    assert not caplog.messages
+
+
+def test_long_lists_of_experts_are_cut(caplog):
+    settled_experts([1.0] * 12, [2.0] * 12, list(range(12)))
+    assert "the worst of 12 too small ones (0, 1, 2, 3, 4, 5, 6, 7, ...)" in caplog.text
+
+
+def test_scales_the_text_did_not_reach_are_counted(caplog):
+    with caplog.at_level(logging.INFO, LOGGER):
+        assert settled_experts([1.0, 0.25, 1.0], [0.5, 0.0], [0, 2]) == [1.0, 0.25, 1.0]
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+    assert caplog.messages[0].startswith(f"{NAME}: the warm-up text reached 1 of 3 scales of w2 input")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_activations_of_one_expert_are_refused(value):
+    with pytest.raises(
+        ValueError, match=rf"{NAME}: the warm-up text gave non-finite activations at w2 input"
+    ):
+        settled_experts([1.0, 1.0], [0.5, value], [0, 1])
+
+
+@pytest.mark.parametrize("factor", [LOOSE / 2, LOOSE, 2 * LOOSE, 2688.0**2])
+def test_a_scale_far_too_large_is_reported(factor, caplog):
+    """2688 / amax where amax / 2688 is meant, for example."""
+    scale = torch.tensor([factor])
+    with caplog.at_level(logging.WARNING, LOGGER):
+        assert torch.equal(warmed(ActivationScale.CHECKPOINT, scale, torch.tensor([[2688.0]])), scale)
+    if factor > LOOSE:
+        assert len(caplog.messages) == 1
+        assert caplog.messages[0].startswith(
+            f"{NAME}: input_scale of x is {factor:.6g}, {factor:.3g} times what"
+        )
+        assert "reciprocal" in caplog.messages[0]
+    else:
+        assert not caplog.messages
+
+
+def test_a_twin_shares_what_it_has_seen():
+    own, twin = (ActivationScales(ActivationScale.WARMUP, ("x",), NAME) for _ in range(2))
+    own.observe_what(twin)  # neither observes: nothing happens
+    own.start_observing(CPU)
+    own.observe_what(twin)
+    twin.start_observing(CPU)
+    twin.observe(0, torch.tensor([[2688.0]]))
+    own.observe_what(twin)
+    assert own.stop_observing({"x": torch.ones(1)})["x"].tolist() == [1.0]
 
 
 # --- warmup ---

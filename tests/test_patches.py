@@ -308,3 +308,13 @@ def test_weight_coverage_is_checked_before_loading(demo_model, monkeypatch):
     loader.counter_before_loading_weights = 0.0
     loader.load_weights(demo_model, config)
     assert checked == [(demo_model, [str(demo / "model.safetensors")])]
+
+
+def test_damaged_index_is_named(tmp_path):
+    from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
+
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": ')
+    with pytest.raises(ValueError, match="not a readable index") as error:
+        filter_duplicate_safetensors_files([str(tmp_path / "1.safetensors")], str(tmp_path), index.name)
+    assert str(index) in str(error.value)

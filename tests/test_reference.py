@@ -453,10 +453,10 @@ def test_observe_sees_both_inputs_of_the_experts(random_weight):
     x = gaussian(5, 64)
     weights, ids = routing(5, 2, 3)
     seen = []
-    experts(x, *layer.operands, weights, ids, observe=lambda index, tensor: seen.append((index, tensor)))
+    experts(x, *layer.operands, weights, ids, observe=lambda index, *tensors: seen.append((index, *tensors)))
     assert seen[0][0] == 0 and torch.equal(seen[0][1], x)
-    assert [index for index, _ in seen[1:]] == [1]
-    assert sum(len(tensor) for _, tensor in seen[1:]) == ids.numel()
+    assert [index for index, *_ in seen[1:]] == [1]
+    assert len(seen[1][1]) == ids.numel() and seen[1][2].tolist() == sorted(ids.flatten().tolist())
     first = int(ids.unique()[0])
     token = int((ids == first).nonzero()[0, 0])
     gate, up = (

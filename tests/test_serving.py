@@ -1,5 +1,6 @@
 """The demo checkpoint through a real vLLM server: what must be right is green, what is planted wrong is red."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -67,15 +68,31 @@ class TestServedInW4A16:
         assert [together[0]["text"], together[2]["text"]] == [alone, alone]
 
 
+def _with_input_scales_too_small(tensors):
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"layers\.(1\.attn\.wq_b|2\.ffn\.experts\.\d+\.w2)\.input_scale", name):
+            tensor /= 8
+
+
 @pytest.mark.parametrize("policy", ["checkpoint", "warmup", "dynamic"])
 def test_demo_is_served_in_w4a4(policy, tmp_path):
+    """Under `checkpoint` with scales that would saturate: the warm-up finds, reports and raises them."""
     env = {"CUTEDSL_NVFP4_ACTIVATIONS": "nvfp4", "CUTEDSL_NVFP4_ACTIVATION_SCALE": policy}
-    with Server(DEMO, tmp_path / "server.log", env) as server:
+    checkpoint = DEMO
+    if policy == "checkpoint":
+        checkpoint = plant(DEMO, tmp_path / "checkpoint", _with_input_scales_too_small)
+    with Server(checkpoint, tmp_path / "server.log", env) as server:
         assert server.get("/kernels")["activations"] == f"nvfp4:{policy}"
         # the policies differ in one number per layer: the text of one stands for all
         text = TEXT_CHECKS if policy == "checkpoint" else ()
         report = server.smoke_test(*text, *LOGPROB_CHECKS, *OURS_CHECKS)
+        log = server.log()
     assert report["status"] == 0, red(report)
+    if policy == "checkpoint":
+        assert re.search(r"layers\.1\.attn\.wq_b: input_scale of x is .*, [5-9]\.?\d* times as much", log)
+        assert re.search(
+            r"layers\.2\.ffn\.experts: input_scale of w2 input of expert \d+, .* times as much", log
+        )
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -137,13 +137,13 @@ def experts(
     quantize_activations: bool = False,
     swiglu_limit: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    observe: Callable[[int, torch.Tensor], None] | None = None,
+    observe: Callable[..., None] | None = None,
 ) -> torch.Tensor:
     """Mixture of experts -> [M, H] of `out_dtype`.
 
     out[m] = sum_t topk_weights[m, t] * w2[e] @ swiglu(w1[e] @ x[m], w3[e] @ x[m]), e = topk_ids[m, t].
     The intermediate is rounded to x's dtype, as every kernel that stores it does; the sum over t is in f32.
-    `observe` is called with (0, x) and (1, the intermediates).
+    `observe` is called with (0, x) and (1, the intermediates [P, I], their local expert ids int64 [P]).
     """
     if observe is not None:
         observe(0, x)
@@ -183,7 +183,7 @@ def experts(
     gate, up = multiply(rows, rows_scale, w13_codes, w13_block_scales, w13_row_scale).chunk(2, dim=-1)
     intermediate = swiglu(gate, up, swiglu_limit).to(x.dtype)
     if observe is not None:
-        observe(1, intermediate)
+        observe(1, intermediate, expert_of)
     if quantize_activations:
         rows, rows_scale = _round_activations(intermediate, scale_of_pair(act_scale_2))
     else:

@@ -5,13 +5,14 @@ missing expert or one missing half of a fused layer goes unnoticed, and packed c
 cannot be told from others by value.
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch.nn import Module
+from torch.nn import Module, Parameter
+
+from .checkpoint_files import check_whole_parameters, read_checkpoint
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 OPTIONAL_PARAMETERS = ((r"input_scale$", "W4A16 and dynamic activation scales need none"),)
@@ -27,13 +28,8 @@ LISTED = 10  # names shown in an error
 
 
 def tensor_names(files: Iterable[str | Path]) -> set[str]:
-    """Names of all tensors in safetensors `files`, from their headers."""
-    names: set[str] = set()
-    for file in files:
-        with open(file, "rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            names |= json.loads(handle.read(size)).keys() - {"__metadata__"}
-    return names
+    """Names of all tensors in safetensors `files`, from their headers, once files and index are checked."""
+    return set(read_checkpoint(files))
 
 
 def _place(name: str, parameters: set[str]) -> tuple[str, str] | None:
@@ -123,13 +119,32 @@ def check_weight_coverage(model: Module, files: list[str]) -> None:
         str(file).endswith(".safetensors") for file in files
     ):
         return
+    from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-    parameters = {name for name, parameter in model.named_parameters() if parameter.numel()}
+    tensors = read_checkpoint(files)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
     check_coverage(
-        tensor_names(files),
-        parameters,
+        set(tensors),
+        set(parameters),
         model.hf_to_vllm_mapper,
         model.config.n_routed_experts,
         lambda name: is_pp_missing_parameter(name, model),
     )
+    config, names = model.config, set(parameters)
+    padded = {  # parameters that vLLM makes larger than the tensor: suffix -> the tensor's shape
+        "attn_sink": (config.num_attention_heads,),
+        "embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "lm_head.weight": (config.vocab_size, config.hidden_size),
+    }
+
+    def parameter_of(name: str) -> tuple[Parameter, tuple[int, ...]] | None:
+        mapped = model.hf_to_vllm_mapper.apply_list([name])
+        place = _place(mapped[0], names) if mapped else None
+        if place is None or place[1]:
+            return None
+        parameter = parameters[place[0]]
+        suffix = next((suffix for suffix in padded if place[0].endswith(suffix)), None)
+        return parameter, padded.get(suffix, tuple(parameter.shape))
+
+    check_whole_parameters(tensors, parameter_of, get_tensor_model_parallel_world_size())

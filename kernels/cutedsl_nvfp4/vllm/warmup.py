@@ -120,8 +120,7 @@ def settle_activation_scales(worker) -> None:
     _prefill(worker)
     for module, scales in layers:
         for twin in getattr(module, "nvfp4_input_twin", ()):  # reads the same tensor, and ran on this text
-            if twin.act_scales.observed is not None:
-                torch.maximum(scales.observed, twin.act_scales.observed, out=scales.observed)
+            scales.observe_what(twin.act_scales)
     for module, scales in layers:
         current = {key: getattr(module, _parameter_name(key)) for key in scales.inputs}
         for key, value in scales.stop_observing(current).items():
