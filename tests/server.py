@@ -40,6 +40,18 @@ def _cores() -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": str(cores[LANE % len(cores)])}
 
 
+def environment() -> dict[str, str]:
+    """The environment in which a test starts vLLM: our plugin, a small cache, no network."""
+    return {
+        **os.environ,
+        "VLLM_PLUGINS": "cutedsl_nvfp4",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **_cores(),
+    }
+
+
 class Server:
     """`vllm serve model`, healthy on entering; its whole process group is gone on leaving."""
 
@@ -53,15 +65,7 @@ class Server:
             str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", "demo",
             "--host", "127.0.0.1", "--port", str(self.port), "--max-model-len", "8192", *arguments,
         ]  # fmt: skip
-        self.env = {
-            **os.environ,
-            "VLLM_PLUGINS": "cutedsl_nvfp4",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **_cores(),
-            **(env or {}),
-        }
+        self.env = {**environment(), **(env or {})}
         self.process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Server":
