@@ -139,7 +139,7 @@ def compressed_tensors(tensors: Tensors, config: dict) -> Checkpoint:
         "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
         "quantization_status": "compressed", "kv_cache_scheme": None,
         "ignore": ["head", r"re:.*ffn\.gate$"]
-        + [layer for layer in config["quantization_config"]["ignore"] if layer.endswith(".wo_a")],
+        + [layer for layer in config["quantization_config"]["ignore"] if layer.endswith((".wo_a", ".o_a_proj"))],
         "config_groups": {"group_0": {"targets": targets, "weights": weights, "input_activations": activations}},
     }  # fmt: skip
     return renamed, {**config, "quantization_config": quantization}
