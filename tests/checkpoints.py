@@ -261,6 +261,24 @@ def experts_only(plain: Tensors, config: dict) -> Checkpoint:
     return tensors, {**config, "quantization_config": quantization}
 
 
+def experts_only_compressed(plain: Tensors, config: dict) -> Checkpoint:
+    """`experts_only` by compressed-tensors: NVFP4 experts with divisors, FP8 layers with f32 `weight_scale`."""
+    tensors, config = experts_only(plain, config)
+    nvfp4_group = compressed_tensors(tensors, {**config, "quantization_config": {"ignore": []}})
+    renamed, quantization = nvfp4_group[0], nvfp4_group[1]["quantization_config"]
+    for name in [name for name in renamed if name.endswith(".scale")]:
+        renamed[name.removesuffix("scale") + "weight_scale"] = renamed.pop(name).float()
+    fp8_weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [FP8_BLOCK, FP8_BLOCK],
+                   "symmetric": True, "dynamic": False}  # fmt: skip
+    fp8_activations = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    experts = {**quantization["config_groups"]["group_0"], "targets": [r"re:.*ffn\.experts\.\d+\.w[123]$"]}
+    targets = [r"re:.*attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$", r"re:.*indexer\.wq_b$", r"re:.*shared_experts\.w\d$"]
+    others = {"targets": targets, "weights": fp8_weights, "input_activations": fp8_activations}
+    groups = {"group_0": others, "group_1": experts}
+    quantization = {**quantization, "format": "mixed-precision", "config_groups": groups}
+    return renamed, {**config, "quantization_config": quantization}
+
+
 def what_native_holds(plain: Tensors) -> Tensors:
     """The numbers in `native` and `experts_only`, f32 under DeepSeek's names: input of the transformers reference."""
     held = {}

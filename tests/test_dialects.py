@@ -23,7 +23,7 @@ from vllm.transformers_utils.config import get_config
 
 from cutedsl_nvfp4.vllm import checkpoint_config, plugin
 from cutedsl_nvfp4.vllm.checkpoint_config import native_config, native_quantization
-from cutedsl_nvfp4.vllm.compressed_tensors import to_modelopt, with_multipliers
+from cutedsl_nvfp4.vllm.compressed_tensors import as_native
 from cutedsl_nvfp4.vllm.coverage import check_weight_coverage
 from cutedsl_nvfp4.vllm.layers import quantizable
 from cutedsl_nvfp4.vllm.names import native_name
@@ -51,6 +51,7 @@ DIALECTS = {
         checkpoints.compressed_tensors,
     ),
     "experts-only-fp8": (checkpoints.widened, checkpoints.experts_only),
+    "compressed-tensors-experts-only-fp8": (checkpoints.widened, checkpoints.experts_only_compressed),
     "mxfp4-fp8": (checkpoints.widened, checkpoints.native),
 }
 
@@ -212,6 +213,12 @@ def _group(**changes) -> dict:
     return {"group_0": {**config["quantization_config"]["config_groups"]["group_0"], **changes}}
 
 
+FP8_GROUP = {
+    "targets": ["Linear"],
+    "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+}
+
+
 def test_compressed_tensors_groups_become_one_ignore_list(tmp_path):
     read = compressed(tmp_path)
     assert (read["quant_method"], read["quant_algo"]) == ("modelopt", "NVFP4")
@@ -226,7 +233,9 @@ def test_compressed_tensors_groups_become_one_ignore_list(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"config_groups": _group(weights={"num_bits": 8, "type": "float", "strategy": "block"})}, "not NVFP4"),
+        ({"config_groups": _group(weights={"num_bits": 4, "type": "int", "strategy": "group"})}, "group_0 has weights"),
+        ({"config_groups": {**_group(targets=["re:.*wq_b"]), "group_1": FP8_GROUP}}, "would have to be FP8"),
+        ({"config_groups": {"group_1": FP8_GROUP}}, r"layers\.0\.ffn\.experts.* would have to be NVFP4"),
         ({"config_groups": _group(targets=["re:.*qkv_proj"])}, "target no layer"),
         ({"config_groups": {}}, "target no layer"),
         ({"transform_config": {"config_groups": {"R1": {}}}}, "transform_config: not served"),
@@ -246,7 +255,7 @@ def test_other_models_keep_their_quantization_config():
 def test_divisors_come_out_inverted():
     tensors, _ = made(checkpoints.compressed_tensors)
     original, _ = made()
-    read = {native_name(name): value for name, value in with_multipliers(tensors.items())}
+    read = {native_name(name): value for name, value in as_native(tensors.items())}
     assert read.keys() == original.keys()
     for name, value in original.items():
         assert torch.equal(read[name].reshape(value.shape), value), name
@@ -256,7 +265,19 @@ def test_divisors_come_out_inverted():
 def test_bad_divisors_are_refused_by_name(bad):
     name = "layers.0.attn.wq_a.weight_global_scale"
     with pytest.raises(ValueError, match=f"{name}: global scale divisor must be finite and positive"):
-        dict(with_multipliers([(name, torch.tensor([bad]))]))
+        dict(as_native([(name, torch.tensor([bad]))]))
+
+
+def test_fp8_scales_come_out_in_e8m0_or_not_at_all():
+    tensors, _ = made(checkpoints.widened, checkpoints.experts_only_compressed)
+    original, _ = made(checkpoints.widened, checkpoints.experts_only)
+    read = {native_name(name): value for name, value in as_native(tensors.items())}
+    assert read.keys() == original.keys()
+    for name, value in original.items():
+        assert read[name].dtype == value.dtype and torch.equal(read[name].reshape(value.shape), value), name
+    name = "layers.0.attn.wq_b.weight_scale"
+    with pytest.raises(ValueError, match=f"{name}: FP8 block scales must be powers of two .* 0.75"):
+        dict(as_native([(name, torch.tensor([[0.5, 0.75]]))]))
 
 
 # --- names ---
@@ -324,7 +345,7 @@ def built(folder: Path):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_coverage(dialect, tmp_path, one_rank):
     """The whole checkpoint passes; without one tensor of each kind, or with a stray one, it is refused by name."""
-    if dialect in ("experts-only-fp8", "mxfp4-fp8") and not fp8_runs_here():
+    if dialect.endswith("fp8") and not fp8_runs_here():
         pytest.skip("vLLM has no block-FP8 layers for this processor: it needs AMX or AVX512-BF16")
     tensors, config = made(*DIALECTS[dialect])
     model = built(checkpoints.write(tmp_path / "checkpoint", tensors, config))
@@ -421,6 +442,10 @@ class TestServed:
     @pytest.mark.parametrize("dialect", ["transformers-o_a-bf16", "compressed-tensors-o_a-bf16"])
     def test_the_same_numbers_give_the_same_log_probabilities(self, served, dialect):
         assert served(dialect) == served("o_a-bf16-weight-only")
+
+    def test_fp8_attention_by_compressed_tensors(self, served):
+        if fp8_runs_here():
+            assert served("compressed-tensors-experts-only-fp8") == served("experts-only-fp8")
 
     @pytest.mark.parametrize("dialect", ["experts-only-fp8", "mxfp4-fp8"])
     def test_fp8_attention(self, served, dialect, tmp_path):

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from . import layers
+from .compressed_tensors import native_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +151,9 @@ def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, 
         return quantization
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
-        from .compressed_tensors import to_modelopt
-
-        _report("quantization_config: compressed-tensors, served as ModelOpt's NVFP4")
-        return to_modelopt(quantization, layers.quantizable(config))
+        native = native_scheme(quantization, layers.quantizable(config))
+        _report(f"quantization_config: compressed-tensors, read as quant_method {native['quant_method']}")
+        return native
     if method == "fp8":
         return _with_scale_format(config, quantization)
     return _with_native_ignore_list(config, quantization)
