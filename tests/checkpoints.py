@@ -270,9 +270,19 @@ def experts_only_compressed(plain: Tensors, config: dict) -> Checkpoint:
         renamed[name.removesuffix("scale") + "weight_scale"] = renamed.pop(name).float()
     fp8_weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [FP8_BLOCK, FP8_BLOCK],
                    "symmetric": True, "dynamic": False}  # fmt: skip
-    fp8_activations = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128, "dynamic": True}
+    fp8_activations = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": True,
+    }
     experts = {**quantization["config_groups"]["group_0"], "targets": [r"re:.*ffn\.experts\.\d+\.w[123]$"]}
-    targets = [r"re:.*attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$", r"re:.*indexer\.wq_b$", r"re:.*shared_experts\.w\d$"]
+    targets = [
+        r"re:.*attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$",
+        r"re:.*indexer\.wq_b$",
+        r"re:.*shared_experts\.w\d$",
+    ]
     others = {"targets": targets, "weights": fp8_weights, "input_activations": fp8_activations}
     groups = {"group_0": others, "group_1": experts}
     quantization = {**quantization, "format": "mixed-precision", "config_groups": groups}

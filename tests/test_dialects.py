@@ -68,7 +68,14 @@ def repaired(config: dict, tmp_path: Path):
 def test_what_transformers_writes_reads_as_deepseeks_own(tmp_path):
     _, theirs = made(checkpoints.transformers_names)
     assert theirs.keys().isdisjoint(
-        {"compress_ratios", "num_hash_layers", "rope_theta", "rope_scaling", "topk_method", "qk_rope_head_dim"}
+        {
+            "compress_ratios",
+            "num_hash_layers",
+            "rope_theta",
+            "rope_scaling",
+            "topk_method",
+            "qk_rope_head_dim",
+        }
     )
     ours = get_config(str(DEMO), trust_remote_code=False)
     read = repaired(theirs, tmp_path)
@@ -77,7 +84,9 @@ def test_what_transformers_writes_reads_as_deepseeks_own(tmp_path):
         assert getattr(read, field, None) == getattr(ours, field, None), field
     scaling = {key: value for key, value in ours.rope_parameters.items() if key != "type"}
     assert {key: value for key, value in read.rope_parameters.items() if key in scaling} == scaling
-    assert "attention_factor" not in read.rope_parameters and "partial_rotary_factor" not in read.rope_parameters
+    assert (
+        "attention_factor" not in read.rope_parameters and "partial_rotary_factor" not in read.rope_parameters
+    )
     assert read.dtype is ours.dtype is torch.bfloat16
 
 
@@ -124,7 +133,8 @@ def _with(**fields):
         (_with(mlp_layer_types=["moe", "hash_moe", "moe"]), "must be hash_moe layers followed by moe layers"),
         (_without("rope_parameters"), "lacks rope_theta, compress_rope_theta, rope_scaling"),
         (lambda config: config["rope_parameters"].pop("compress"), "must hold both main and compress"),
-        (lambda config: config["rope_parameters"]["compress"].update(attention_factor=1.27), "attention_factor is 1.27"),
+        (lambda config: config["rope_parameters"]["compress"].update(attention_factor=1.27), "factor is 1.27"),
+        (_with(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling is .* but rope_parameters.compress gives"),
         (_with(rope_theta=5000.0), "rope_theta is 5000.0, but rope_parameters.main gives 10000.0"),
         (_with(qk_rope_head_dim=32), "qk_rope_head_dim is 32, but .* gives 64"),
     ],
@@ -145,7 +155,9 @@ def test_lost_partial_rotary_factor_is_found_in_the_rope_parameters():
 
 @pytest.mark.parametrize("expert_dtype, expected", [("fp4", "ue8m0"), ("fp8", None)])
 def test_lost_scale_format_follows_from_the_experts(expert_dtype, expected, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_DEEP_GEMM_E8M0", "1")  # set here, so that get_config's own setting goes with it
+    monkeypatch.setenv(
+        "VLLM_USE_DEEP_GEMM_E8M0", "1"
+    )  # set here, so that get_config's own setting goes with it
     _, config = made(checkpoints.widened, checkpoints.native)
     del config["quantization_config"]["scale_fmt"]
     read = repaired({**config, "expert_dtype": expert_dtype}, tmp_path)
@@ -233,7 +245,10 @@ def test_compressed_tensors_groups_become_one_ignore_list(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"config_groups": _group(weights={"num_bits": 4, "type": "int", "strategy": "group"})}, "group_0 has weights"),
+        (
+            {"config_groups": _group(weights={"num_bits": 4, "type": "int", "strategy": "group"})},
+            "group_0 has weights",
+        ),
         ({"config_groups": {**_group(targets=["re:.*wq_b"]), "group_1": FP8_GROUP}}, "would have to be FP8"),
         ({"config_groups": {"group_1": FP8_GROUP}}, r"layers\.0\.ffn\.experts.* would have to be NVFP4"),
         ({"config_groups": _group(targets=["re:.*qkv_proj"])}, "target no layer"),
@@ -248,7 +263,10 @@ def test_what_compressed_tensors_cannot_have_is_refused(changes, words, tmp_path
 
 
 def test_other_models_keep_their_quantization_config():
-    quantization = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8}}}}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": {"weights": {"num_bits": 8}}},
+    }
     assert native_quantization(mock.Mock(model_type="llama"), quantization) is quantization
 
 
@@ -287,7 +305,10 @@ def mappers() -> dict:
     from vllm.models.deepseek_v4.cpu import model as cpu
     from vllm.models.deepseek_v4.nvidia import model as nvidia
 
-    return {name: module._make_deepseek_v4_weights_mapper("fp4") for name, module in (("cpu", cpu), ("cuda", nvidia))}
+    return {
+        name: module._make_deepseek_v4_weights_mapper("fp4")
+        for name, module in (("cpu", cpu), ("cuda", nvidia))
+    }
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -362,7 +383,7 @@ def test_coverage(dialect, tmp_path, one_rank):
     }
     names = (tensors.keys() - missing) | stray
     with (
-        mock.patch("cutedsl_nvfp4.vllm.coverage.tensor_names", lambda files: names),
+        mock.patch("cutedsl_nvfp4.vllm.coverage.tensor_names", return_value=names),
         pytest.raises(ValueError, match=f" {len(missing)} parameters would stay unwritten") as error,
     ):
         check_weight_coverage(model, [file])

@@ -315,9 +315,16 @@ def test_mappers_accept_foreign_names():
     from vllm.models.deepseek_v4.cpu import model as cpu
     from vllm.models.deepseek_v4.nvidia import model as nvidia
 
-    theirs = ["model.layers.3.self_attn.q_a_proj.weight", "lm_head.weight", "layers.3.attn.wq_b.weight_global_scale"]
+    theirs = [
+        "model.layers.3.self_attn.q_a_proj.weight",
+        "lm_head.weight",
+        "layers.3.attn.wq_b.weight_global_scale",
+    ]
     ours = ["layers.3.attn.wq_a.weight", "head.weight", "layers.3.attn.wq_b.weight_scale_2"]
-    for mapper in (cpu._make_deepseek_v4_weights_mapper("fp4"), nvidia._make_deepseek_v4_weights_mapper("fp4")):
+    for mapper in (
+        cpu._make_deepseek_v4_weights_mapper("fp4"),
+        nvidia._make_deepseek_v4_weights_mapper("fp4"),
+    ):
         assert mapper.apply_list(theirs) == mapper.apply_list(ours)
 
 
@@ -327,7 +334,11 @@ def test_config_is_repaired(tmp_path):
     demo = Path(__file__).resolve().parent.parent / "demo"
     config = json.loads((demo / "config.json").read_text())
     del config["compress_ratios"]
-    config["layer_types"] = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    config["layer_types"] = [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    ]
     config["compress_rates"] = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
     config["quantization_config"]["ignore"] = ["*.self_attn.o_a_proj"]
     (tmp_path / "config.json").write_text(json.dumps(config))

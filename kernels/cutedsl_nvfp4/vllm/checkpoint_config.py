@@ -1,4 +1,4 @@
-"""config.json of a DeepSeek-V4 checkpoint, in transformers' or an exporter's words -> in DeepSeek's, which vLLM reads.
+"""config.json in transformers' or an exporter's words -> in DeepSeek's, which vLLM's DeepSeek-V4 reads.
 
 Every value comes from the file itself. What the file does not say is refused with the name of the missing
 field; what was translated is logged, once. Imports no vLLM: the patched modules import this one.
@@ -12,9 +12,18 @@ from .compressed_tensors import native_scheme
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPE = "deepseek_v4"
+MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"
 _COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
-_NEEDED = ("compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_theta", "compress_rope_theta", "rope_scaling")
+_NEEDED = (
+    "num_hidden_layers",
+    "head_dim",
+    "compress_ratios",
+    "num_hash_layers",
+    "qk_rope_head_dim",
+    "rope_theta",
+    "compress_rope_theta",
+    "rope_scaling",
+)
 _reported: set[str] = set()
 
 
@@ -33,6 +42,8 @@ class _Repair:
     def settle(self, field: str, value: Any, source: str) -> None:
         """Set `field` to `value`, which `source` gives; refuse a file that says something else about it."""
         present = self.fields.get(field)
+        if value is None:
+            return
         if present is None:
             self.fields[field] = value
             _report(f"{field} = {value!r}, from {source}")
@@ -51,7 +62,7 @@ class _Repair:
         absent = sorted((set(kinds) & set(_COMPRESSED)) - rates.keys())
         if unknown or (absent and self.fields.get("compress_ratios") is None):
             raise ValueError(
-                f"config.json: layer_types cannot be turned into compress_ratios: "
+                "config.json: layer_types cannot be turned into compress_ratios: "
                 + (f"unknown kinds {unknown}" if unknown else f"compress_rates says nothing about {absent}")
                 + "; add compress_ratios, one number per layer (0, 4 or 128)"
             )
@@ -95,17 +106,18 @@ class _Repair:
         partial = scaling.pop("partial_rotary_factor", None)
         self.settle("rope_theta", nested["main"].get("rope_theta"), "rope_parameters.main")
         self.settle("compress_rope_theta", scaling.pop("rope_theta", None), "rope_parameters.compress")
-        if self.fields.get("rope_scaling") is None:
-            self.settle("rope_scaling", scaling, "rope_parameters.compress")
-        if partial is not None and self.fields.get("partial_rotary_factor") is None:
+        if self.fields.get("partial_rotary_factor") is None:
             self.fields["partial_rotary_factor"] = partial
+        present = self.fields.get("rope_scaling")  # DeepSeek's has a `type` besides
+        of_both = {key: value for key, value in (present or {}).items() if key in scaling}
+        if present is None or {**scaling, **of_both} != scaling:
+            self.settle("rope_scaling", scaling, "rope_parameters.compress")
 
     def qk_rope_head_dim(self) -> None:
         partial = self.fields.pop("partial_rotary_factor", None)
-        if partial is not None:
-            self.settle(
-                "qk_rope_head_dim", int(self.fields["head_dim"] * partial), "head_dim * partial_rotary_factor"
-            )
+        if partial is not None and self.fields.get("head_dim") is not None:
+            dim = int(self.fields["head_dim"] * partial)
+            self.settle("qk_rope_head_dim", dim, "head_dim * partial_rotary_factor")
 
     def topk_method(self) -> None:
         """transformers has no such field: its routers always add a bias, which DeepSeek calls noaux_tc."""
@@ -118,6 +130,8 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError naming what the file lacks, contradicts, or says in words vLLM cannot follow.
     """
+    if fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+        return fields  # draft models have configs of their own
     repair = _Repair(fields)
     repair.compress_ratios()
     repair.num_hash_layers()
@@ -137,7 +151,9 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
         )
     layer_count, ratios = repair.fields["num_hidden_layers"], repair.fields["compress_ratios"]
     if len(ratios) < layer_count:
-        raise ValueError(f"config.json: {len(ratios)} compress_ratios for {layer_count} layers; add the others")
+        raise ValueError(
+            f"config.json: {len(ratios)} compress_ratios for {layer_count} layers; add the others"
+        )
     return repair.fields
 
 
@@ -163,7 +179,9 @@ def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, A
     """vLLM reads FP8 block scales as powers of two (ue8m0) wherever experts are FP4, and asks DeepGEMM here."""
     if quantization.get("scale_fmt") is not None or getattr(config, "expert_dtype", "fp4") != "fp4":
         return quantization
-    _report("quantization_config.scale_fmt = 'ue8m0', from expert_dtype fp4, whose FP8 layers have e8m0 scales")
+    _report(
+        "quantization_config.scale_fmt = 'ue8m0', from expert_dtype fp4, whose FP8 layers have e8m0 scales"
+    )
     return {**quantization, "scale_fmt": "ue8m0"}
 
 

@@ -88,7 +88,7 @@ def native_scheme(quantization: dict[str, Any], layers: Iterable[Layer]) -> dict
 
 
 def _e8m0(scale: torch.Tensor, name: str) -> torch.Tensor:
-    """Block scales in any floating dtype -> float8_e8m0fnu, the only dtype vLLM's FP8 layers have beside FP4 experts."""
+    """Block scales in any floating dtype -> e8m0, which vLLM's FP8 layers have beside FP4 experts."""
     converted = scale.float().to(torch.float8_e8m0fnu)
     if not torch.equal(converted.float(), scale.float()):
         raise ValueError(

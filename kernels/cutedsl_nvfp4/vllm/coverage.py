@@ -17,7 +17,9 @@ from .layers import FUSED
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 # Experts of other ranks are not among the latter: by name they have a place on every rank.
-OPTIONAL_PARAMETERS = ((r"input_scale$", "weight-only checkpoints have none; W4A16 and dynamic scales need none"),)
+OPTIONAL_PARAMETERS = (
+    (r"input_scale$", "weight-only checkpoints have none; W4A16 and dynamic scales need none"),
+)
 UNREAD_TENSORS = ((r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),)
 
 LISTED = 10  # names shown in an error
@@ -66,7 +68,9 @@ def _segments(parameter: str, num_experts: int) -> set[str]:
 
 def _list(names: Iterable[str]) -> str:
     ordered = sorted(names)
-    return ", ".join(ordered[:LISTED]) + (f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else "")
+    return ", ".join(ordered[:LISTED]) + (
+        f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
+    )
 
 
 def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: int, is_elsewhere) -> None:
