@@ -24,7 +24,7 @@ from vllm.transformers_utils.config import get_config
 from cutedsl_nvfp4.vllm import checkpoint_config, plugin
 from cutedsl_nvfp4.vllm.checkpoint_config import native_config, native_quantization
 from cutedsl_nvfp4.vllm.compressed_tensors import as_native
-from cutedsl_nvfp4.vllm.coverage import check_weight_coverage
+from cutedsl_nvfp4.vllm.coverage import check_coverage, check_weight_coverage
 from cutedsl_nvfp4.vllm.layers import quantizable
 from cutedsl_nvfp4.vllm.names import native_name
 
@@ -382,11 +382,11 @@ def test_coverage(dialect, tmp_path, one_rank):
         "model.layers.0.self_attn.q_b_proj.pre_quant_scale",
     }
     names = (tensors.keys() - missing) | stray
-    with (
-        mock.patch("cutedsl_nvfp4.vllm.coverage.tensor_names", return_value=names),
-        pytest.raises(ValueError, match=f" {len(missing)} parameters would stay unwritten") as error,
-    ):
-        check_weight_coverage(model, [file])
+    parameters = {name for name, parameter in model.named_parameters() if parameter.numel()}
+    with pytest.raises(ValueError, match=f" {len(missing)} parameters would stay unwritten") as error:
+        check_coverage(
+            names, parameters, model.hf_to_vllm_mapper, config["n_routed_experts"], lambda name: False
+        )
     listed = f"3 tensors of the checkpoint have no place in the model: {', '.join(sorted(stray))}."
     assert listed in str(error.value)
 
