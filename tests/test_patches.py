@@ -1,5 +1,6 @@
 """One test per patch, each failing without it (patches/README.md lists the pairs)."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -318,3 +319,75 @@ def test_damaged_index_is_named(tmp_path):
     with pytest.raises(ValueError, match="not a readable index") as error:
         filter_duplicate_safetensors_files([str(tmp_path / "1.safetensors")], str(tmp_path), index.name)
     assert str(index) in str(error.value)
+
+
+def test_mappers_accept_foreign_names():
+    from vllm.models.deepseek_v4.cpu import model as cpu
+    from vllm.models.deepseek_v4.nvidia import model as nvidia
+
+    theirs = [
+        "model.layers.3.self_attn.q_a_proj.weight",
+        "lm_head.weight",
+        "layers.3.attn.wq_b.weight_global_scale",
+    ]
+    ours = ["layers.3.attn.wq_a.weight", "head.weight", "layers.3.attn.wq_b.weight_scale_2"]
+    for mapper in (
+        cpu._make_deepseek_v4_weights_mapper("fp4"),
+        nvidia._make_deepseek_v4_weights_mapper("fp4"),
+    ):
+        assert mapper.apply_list(theirs) == mapper.apply_list(ours)
+
+
+def test_config_is_repaired(tmp_path):
+    from vllm.transformers_utils.config import get_config
+
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    config = json.loads((demo / "config.json").read_text())
+    del config["compress_ratios"]
+    config["layer_types"] = [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    ]
+    config["compress_rates"] = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
+    config["quantization_config"]["ignore"] = ["*.self_attn.o_a_proj"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = get_config(str(tmp_path), trust_remote_code=False)
+    assert read.compress_ratios == [0, 4, 128]
+    assert read.quantization_config["ignore"] == [f"layers.{layer}.attn.wo_a" for layer in range(3)]
+
+
+def test_divisors_are_inverted_as_they_are_read(demo_model, monkeypatch):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    monkeypatch.setattr("cutedsl_nvfp4.vllm.coverage.check_weight_coverage", lambda model, files: None)
+    read = {}
+    monkeypatch.setattr(type(demo_model), "load_weights", lambda self, weights: read.update(weights))
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    loader = DefaultModelLoader(LoadConfig())
+    stored = {"a.weight_global_scale": torch.tensor([4.0]), "a.weight_scale_2": torch.tensor(4.0)}
+    monkeypatch.setattr(loader, "get_all_weights", lambda config, model: stored.items())
+    monkeypatch.setattr(loader, "_init_ep_weight_filter", lambda config: None)
+    monkeypatch.setattr(loader, "_init_mm_encoder_only_weight_filter", lambda model, config: None)
+    loader.counter_before_loading_weights = 0.0
+    loader.load_weights(
+        demo_model, SimpleNamespace(model=str(demo), revision=None, quantization="modelopt_fp4")
+    )
+    assert {name: value.item() for name, value in read.items()} == {
+        "a.weight_global_scale": 0.25,
+        "a.weight_scale_2": 4.0,
+    }
+
+
+def test_fp8_and_mxfp4_need_no_amx(monkeypatch):
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsMxfp4
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(_custom_ops, "_supports_cpu_fp8_w8a16", True)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
+        assert CPUFp8BlockScaledMMKernel.is_supported()[0] is has_bf16
+        assert CPUExpertsMxfp4._supports_current_device() is has_bf16

@@ -29,6 +29,14 @@ class Reading:
 
 
 @torch.no_grad()
+def token_logprobs(model, ids: list[int]) -> torch.Tensor:
+    """f32 [len(ids) - 1], the log-probabilities of ids[1:], in one uncached forward pass."""
+    row = torch.tensor([ids])
+    logprobs = F.log_softmax(model(row[:, :-1], use_cache=False).logits[0].float(), dim=-1)
+    return logprobs.gather(1, row[0, 1:, None])[:, 0]
+
+
+@torch.no_grad()
 def read(model, document: texts.Document) -> Reading:
     """Score `document` in one uncached forward pass."""
     coder = tokenizer()

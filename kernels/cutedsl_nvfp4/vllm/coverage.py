@@ -14,16 +14,15 @@ from torch.nn import Module, Parameter
 
 from .checkpoint_files import check_whole_parameters, read_checkpoint
 
+from .layers import FUSED
+
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
-OPTIONAL_PARAMETERS = ((r"input_scale$", "W4A16 and dynamic activation scales need none"),)
+# Experts of other ranks are not among the latter: by name they have a place on every rank.
+OPTIONAL_PARAMETERS = (
+    (r"input_scale$", "weight-only checkpoints have none; W4A16 and dynamic scales need none"),
+)
 UNREAD_TENSORS = ((r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),)
 
-# A parameter of a fused layer, and the checkpoint's names of its segments.
-FUSED = {
-    "attn.fused_wqa_wkv": ("attn.wq_a", "attn.wkv"),
-    "compressor.fused_wkv_wgate": ("compressor.wkv", "compressor.wgate"),
-    "shared_experts.gate_up_proj": ("shared_experts.w1", "shared_experts.w3"),
-}
 LISTED = 10  # names shown in an error
 
 
@@ -63,9 +62,11 @@ def _segments(parameter: str, num_experts: int) -> set[str]:
     return {""}
 
 
-def _list(names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:LISTED])
-    return shown + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+def _list(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:LISTED]) + (
+        f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
+    )
 
 
 def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: int, is_elsewhere) -> None:
@@ -74,27 +75,34 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
     `names` are the checkpoint's, `mapper` renames one to vLLM's or drops it (`apply_list`), `parameters` are
     the model's, and `is_elsewhere(name)` tells a layer that another pipeline rank holds.
     """
+    needed = {parameter: _segments(parameter, num_experts) for parameter in parameters}
     filled: dict[str, set[str]] = defaultdict(set)
+    places: dict[tuple[str, str], str] = {}  # (parameter, segment): the checkpoint's tensor for it
     unplaced = []
-    for name in names:
+    for name in sorted(names):
         if any(re.search(pattern, name) for pattern, _ in UNREAD_TENSORS):
             continue
         mapped = mapper.apply_list([name])
         if mapped and is_elsewhere(mapped[0]):
             continue
         place = _place(mapped[0], parameters) if mapped else None
-        if place is None or place[1] not in _segments(place[0], num_experts):
-            if not any(re.search(pattern, name) for pattern, _ in OPTIONAL_PARAMETERS):
-                unplaced.append(name)
+        if place is None or place[1] not in needed[place[0]]:
+            unplaced.append(name)
+        elif place[1] in filled[place[0]]:
+            raise ValueError(
+                f"the checkpoint holds {places[place]} and {name}, which are the same tensor by two names; "
+                f"delete one"
+            )
         else:
             filled[place[0]].add(place[1])
+            places[place] = name
     missing = []
     for parameter in parameters:
         if any(re.search(pattern, parameter) for pattern, _ in OPTIONAL_PARAMETERS):
             continue
-        absent = _segments(parameter, num_experts) - filled[parameter]
+        absent = needed[parameter] - filled[parameter]
         missing += [f"{parameter} [{segment}]" if segment else parameter for segment in absent]
-    problems = []
+    problems, remedies = [], ["download it again if it is incomplete"]
     if missing:
         problems.append(
             f"{len(missing)} parameters would stay unwritten because the checkpoint lacks their tensors: "
@@ -104,12 +112,20 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
         problems.append(
             f"{len(unplaced)} tensors of the checkpoint have no place in the model: {_list(unplaced)}"
         )
+    unlisted = {
+        name.removesuffix(".weight")
+        for (parameter, segment), name in places.items()
+        if f"{parameter}_scale_2" in parameters
+        and segment not in filled[f"{parameter}_scale"] | filled[f"{parameter}_scale_2"]
+    }
+    if unlisted:
+        remedies.append(f"add to quantization_config.ignore what is stored unquantized: {_list(unlisted)}")
+    listed = {name.removesuffix(".weight_scale") for name in unplaced if name.endswith(".weight_scale")}
+    if listed:
+        remedies.append(f"take off quantization_config.ignore what is stored quantized: {_list(listed)}")
     if problems:
         raise ValueError(
-            "the checkpoint and the model do not fit. "
-            + "; ".join(problems)
-            + ". Download it again if it is "
-            "incomplete; if layers are not quantized, list them under quantization_config.ignore"
+            f"the checkpoint and the model do not fit. {'; '.join(problems)}. What to do: {'; '.join(remedies)}"
         )
 
 

@@ -1,0 +1,199 @@
+"""config.json in transformers' or an exporter's words -> in DeepSeek's, which vLLM's DeepSeek-V4 reads.
+
+Every value comes from the file itself. What the file does not say is refused with the name of the missing
+field; what was translated is logged, once. Imports no vLLM: the patched modules import this one.
+"""
+
+import logging
+from typing import Any
+
+from . import layers
+from .compressed_tensors import native_scheme
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"
+_COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
+_NEEDED = (
+    "num_hidden_layers",
+    "head_dim",
+    "compress_ratios",
+    "num_hash_layers",
+    "qk_rope_head_dim",
+    "rope_theta",
+    "compress_rope_theta",
+    "rope_scaling",
+)
+_reported: set[str] = set()
+
+
+def _report(repair: str) -> None:
+    if repair not in _reported:
+        _reported.add(repair)
+        logger.info("config.json: %s", repair)
+
+
+class _Repair:
+    """One config.json's fields while they are translated."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields = dict(fields)
+
+    def settle(self, field: str, value: Any, source: str) -> None:
+        """Set `field` to `value`, which `source` gives; refuse a file that says something else about it."""
+        present = self.fields.get(field)
+        if value is None:
+            return
+        if present is None:
+            self.fields[field] = value
+            _report(f"{field} = {value!r}, from {source}")
+        elif present != value:
+            raise ValueError(
+                f"config.json contradicts itself: {field} is {present!r}, but {source} gives {value!r}; "
+                f"remove the wrong one"
+            )
+
+    def compress_ratios(self) -> None:
+        kinds = self.fields.pop("layer_types", None)
+        rates = self.fields.pop("compress_rates", None) or {}
+        if kinds is None:
+            return
+        unknown = sorted(set(kinds) - {"sliding_attention", *_COMPRESSED})
+        absent = sorted((set(kinds) & set(_COMPRESSED)) - rates.keys())
+        if unknown or (absent and self.fields.get("compress_ratios") is None):
+            raise ValueError(
+                "config.json: layer_types cannot be turned into compress_ratios: "
+                + (f"unknown kinds {unknown}" if unknown else f"compress_rates says nothing about {absent}")
+                + "; add compress_ratios, one number per layer (0, 4 or 128)"
+            )
+        if absent:
+            return
+        ratios = [0 if kind == "sliding_attention" else rates[kind] for kind in kinds]
+        present = self.fields.get("compress_ratios")
+        if present is not None:  # DeepSeek's list goes on with the draft layers
+            ratios += present[len(ratios) :]
+        self.settle("compress_ratios", ratios, "layer_types and compress_rates")
+
+    def num_hash_layers(self) -> None:
+        kinds = self.fields.pop("mlp_layer_types", None)
+        if kinds is None:
+            return
+        count = kinds.count("hash_moe")
+        if kinds != ["hash_moe"] * count + ["moe"] * (len(kinds) - count):
+            raise ValueError(
+                f"config.json: mlp_layer_types must be hash_moe layers followed by moe layers, got {kinds}; "
+                f"vLLM knows a number of hash layers only"
+            )
+        self.settle("num_hash_layers", count, "mlp_layer_types")
+
+    def rope(self) -> None:
+        nested = self.fields.get("rope_parameters")
+        if not isinstance(nested, dict) or not nested.keys() & {"main", "compress"}:
+            return
+        del self.fields["rope_parameters"]
+        if not all(isinstance(nested.get(part), dict) for part in ("main", "compress")):
+            raise ValueError(
+                f"config.json: rope_parameters must hold both main and compress, got {sorted(nested)}; "
+                f"give rope_theta, compress_rope_theta and rope_scaling instead"
+            )
+        scaling = dict(nested["compress"])
+        factor = scaling.pop("attention_factor", 1.0)
+        if factor != 1.0:
+            raise ValueError(
+                f"config.json: rope_parameters.compress.attention_factor is {factor}; DeepSeek-V4 does not "
+                f"scale its rotary embedding, and vLLM's implementation cannot"
+            )
+        partial = scaling.pop("partial_rotary_factor", None)
+        self.settle("rope_theta", nested["main"].get("rope_theta"), "rope_parameters.main")
+        self.settle("compress_rope_theta", scaling.pop("rope_theta", None), "rope_parameters.compress")
+        if self.fields.get("partial_rotary_factor") is None:
+            self.fields["partial_rotary_factor"] = partial
+        present = self.fields.get("rope_scaling")  # DeepSeek's has a `type` besides
+        of_both = {key: value for key, value in (present or {}).items() if key in scaling}
+        if present is None or {**scaling, **of_both} != scaling:
+            self.settle("rope_scaling", scaling, "rope_parameters.compress")
+
+    def qk_rope_head_dim(self) -> None:
+        partial = self.fields.pop("partial_rotary_factor", None)
+        if partial is not None and self.fields.get("head_dim") is not None:
+            dim = int(self.fields["head_dim"] * partial)
+            self.settle("qk_rope_head_dim", dim, "head_dim * partial_rotary_factor")
+
+    def topk_method(self) -> None:
+        """transformers has no such field: its routers always add a bias, which DeepSeek calls noaux_tc."""
+        if self.fields.get("topk_method") is None:
+            self.settle("topk_method", "noaux_tc", "the architecture, whose routers have a bias")
+
+
+def native_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Contents of config.json -> the same with every field vLLM's DeepSeek-V4 needs, under DeepSeek's names.
+
+    Raises ValueError naming what the file lacks, contradicts, or says in words vLLM cannot follow.
+    """
+    if fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+        return fields  # draft models have configs of their own
+    repair = _Repair(fields)
+    repair.compress_ratios()
+    repair.num_hash_layers()
+    repair.rope()
+    repair.qk_rope_head_dim()
+    repair.topk_method()
+    missing = [
+        field
+        for field in _NEEDED
+        if repair.fields.get(field) is None
+        and not (field == "rope_scaling" and repair.fields.get("rope_parameters"))
+    ]
+    if missing:
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}, and nothing in it tells what they were; the exporter lost "
+            f"them. Copy them from the config.json of the model that was quantized"
+        )
+    layer_count, ratios = repair.fields["num_hidden_layers"], repair.fields["compress_ratios"]
+    if len(ratios) < layer_count:
+        raise ValueError(
+            f"config.json: {len(ratios)} compress_ratios for {layer_count} layers; add the others"
+        )
+    return repair.fields
+
+
+def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's `quantization_config` -> ModelOpt's or DeepSeek's own, with DeepSeek's names.
+
+    `config` is vLLM's, already repaired; other models' come back unchanged. Raises ValueError for schemes
+    that cannot be served.
+    """
+    if getattr(config, "model_type", None) != MODEL_TYPE:
+        return quantization
+    method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
+    if method == "compressed-tensors":
+        native = native_scheme(quantization, layers.quantizable(config))
+        _report(f"quantization_config: compressed-tensors, read as quant_method {native['quant_method']}")
+        return native
+    if method == "fp8":
+        return _with_scale_format(config, quantization)
+    return _with_native_ignore_list(config, quantization)
+
+
+def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
+    """vLLM reads FP8 block scales as powers of two (ue8m0) wherever experts are FP4, and asks DeepGEMM here."""
+    if quantization.get("scale_fmt") is not None or getattr(config, "expert_dtype", "fp4") != "fp4":
+        return quantization
+    _report(
+        "quantization_config.scale_fmt = 'ue8m0', from expert_dtype fp4, whose FP8 layers have e8m0 scales"
+    )
+    return {**quantization, "scale_fmt": "ue8m0"}
+
+
+def _with_native_ignore_list(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
+    """Replace a ModelOpt ignore list in transformers' names by the layers it names, in DeepSeek's."""
+    nested = quantization.get("quantization")
+    holder = nested if isinstance(nested, dict) else quantization
+    key = "exclude_modules" if holder is nested else "ignore"
+    patterns = holder.get(key) or []
+    if not layers.has_foreign_names(patterns):
+        return quantization
+    ignored = [layer.name for layer in layers.quantizable(config) if layer.matches_wildcards(patterns)]
+    _report(f"quantization_config.{key}: transformers' names, {len(ignored)} layers left unquantized")
+    translated = {**holder, key: ignored}
+    return {**quantization, "quantization": translated} if holder is nested else translated

@@ -1,0 +1,111 @@
+"""The linear layers of a DeepSeek-V4 model by every name a quantization config may call them.
+
+A config's lists are wildcards or regular expressions over module names in DeepSeek's or transformers' style,
+or over the names of the layers vLLM fuses. They are resolved here, layer by layer, into explicit lists.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .names import native_name, transformers_paths
+
+# A fused layer of vLLM, and DeepSeek's names of its segments.
+FUSED = {
+    "attn.fused_wqa_wkv": ("attn.wq_a", "attn.wkv"),
+    "compressor.fused_wkv_wgate": ("compressor.wkv", "compressor.wgate"),
+    "shared_experts.gate_up_proj": ("shared_experts.w1", "shared_experts.w3"),
+}
+_ATTENTION = ("attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b")
+_COMPRESSOR = ("attn.compressor.wkv", "attn.compressor.wgate")
+_INDEXER = (
+    "attn.indexer.wq_b",
+    "attn.indexer.weights_proj",
+    "attn.indexer.compressor.wkv",
+    "attn.indexer.compressor.wgate",
+)
+_SHARED = ("ffn.shared_experts.w1", "ffn.shared_experts.w2", "ffn.shared_experts.w3")
+EXPERTS = "ffn.experts"
+INDEXER_RATIO = 4
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or one layer's routed experts together, which vLLM quantizes as one."""
+
+    name: str  # DeepSeek's, e.g. layers.3.attn.wq_a
+    aliases: tuple[frozenset[str], ...]  # all names of the layer; of experts, of each of those looked at
+
+    def _agreed(self, verdicts: list[bool], what: str) -> bool:
+        if len(set(verdicts)) > 1:
+            raise ValueError(
+                f"quantization_config {what} some of the matrices of {self.name} and not others; vLLM keeps the "
+                f"routed experts of a layer in one format. Export them all alike"
+            )
+        return verdicts[0]
+
+    def matches_wildcards(self, patterns: Iterable[str]) -> bool:
+        """Whether one of ModelOpt's `patterns` names the layer or a module it is part of."""
+        return self._agreed(
+            [
+                any(
+                    fnmatchcase(alias, pattern) or alias.startswith(f"{pattern}.")
+                    for pattern in patterns
+                    for alias in aliases
+                )
+                for aliases in self.aliases
+            ],
+            "ignores",
+        )
+
+    def matches_targets(self, targets: Iterable[str]) -> bool:
+        """Whether one of compressed-tensors' `targets` (a class, a name, or re:… over names) is the layer."""
+        return self._agreed(
+            [
+                any(
+                    target == "Linear"
+                    or (
+                        any(re.match(target[3:], alias) for alias in aliases)
+                        if target.startswith("re:")
+                        else target in aliases
+                    )
+                    for target in targets
+                )
+                for aliases in self.aliases
+            ],
+            "targets",
+        )
+
+
+def _aliases(number: int, path: str) -> frozenset[str]:
+    paths = {path, *transformers_paths(path)}
+    for fused, segments in FUSED.items():
+        for segment in segments:
+            if path.endswith(segment):
+                with_fused = path.removesuffix(segment) + fused
+                paths |= {with_fused, with_fused.replace("attn.", "self_attn.", 1).replace("ffn.", "mlp.", 1)}
+    return frozenset(f"{prefix}layers.{number}.{path}" for path in paths for prefix in ("", "model."))
+
+
+def quantizable(config: Any) -> Iterator[Layer]:
+    """Every linear layer that NVFP4 checkpoints quantize, in DeepSeek's order; `config` as vLLM has it."""
+    for number in range(config.num_hidden_layers):
+        ratio = config.compress_ratios[number]
+        paths = _ATTENTION + _SHARED
+        paths += _COMPRESSOR if ratio else ()
+        paths += _INDEXER if ratio == INDEXER_RATIO else ()
+        for path in paths:
+            yield Layer(f"layers.{number}.{path}", (_aliases(number, path),))
+        # the first and the last expert stand for all: the coverage check looks at every tensor
+        experts = (f"{EXPERTS}.{e}.w{w}" for e in (0, config.n_routed_experts - 1) for w in (1, 2, 3))
+        merged = {f"layers.{number}.{EXPERTS}", f"model.layers.{number}.mlp.experts"}
+        yield Layer(
+            f"layers.{number}.{EXPERTS}", tuple(_aliases(number, expert) | merged for expert in experts)
+        )
+
+
+def has_foreign_names(patterns: Iterable[str]) -> bool:
+    """Whether any of `patterns` uses transformers' names."""
+    return any(native_name(pattern) != pattern.removeprefix("model.") for pattern in patterns)
