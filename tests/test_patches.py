@@ -361,23 +361,13 @@ def test_divisors_are_inverted_as_they_are_read(demo_model, monkeypatch):
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-    monkeypatch.setattr("cutedsl_nvfp4.vllm.coverage.check_weight_coverage", lambda model, files: None)
-    read = {}
-    monkeypatch.setattr(type(demo_model), "load_weights", lambda self, weights: read.update(weights))
-    demo = Path(__file__).resolve().parent.parent / "demo"
-    loader = DefaultModelLoader(LoadConfig())
     stored = {"a.weight_global_scale": torch.tensor([4.0]), "a.weight_scale_2": torch.tensor(4.0)}
-    monkeypatch.setattr(loader, "get_all_weights", lambda config, model: stored.items())
-    monkeypatch.setattr(loader, "_init_ep_weight_filter", lambda config: None)
-    monkeypatch.setattr(loader, "_init_mm_encoder_only_weight_filter", lambda model, config: None)
-    loader.counter_before_loading_weights = 0.0
-    loader.load_weights(
-        demo_model, SimpleNamespace(model=str(demo), revision=None, quantization="modelopt_fp4")
-    )
-    assert {name: value.item() for name, value in read.items()} == {
-        "a.weight_global_scale": 0.25,
-        "a.weight_scale_2": 4.0,
-    }
+    loader = DefaultModelLoader(LoadConfig())
+    monkeypatch.setattr(loader, "_get_weights_iterator", lambda source: iter(stored.items()))
+    read = dict(loader.get_all_weights(SimpleNamespace(model="demo", revision=None), demo_model))
+    assert (read["a.weight_global_scale"].item(), read["a.weight_scale_2"].item()) == (0.25, 4.0)
+    other = dict(loader.get_all_weights(SimpleNamespace(model="demo", revision=None), torch.nn.Linear(1, 1)))
+    assert other["a.weight_global_scale"].item() == 4.0
 
 
 def test_fp8_and_mxfp4_need_no_amx(monkeypatch):
