@@ -88,7 +88,7 @@ def experts(mean: float) -> list[list[Config]]:
         [Wide(2, 96, 1, 5, ctas_per_sm=2, persistent=True), Wide(4, 96, 1, 8, persistent=True)],
         [Wide(4, 128, 1, 7, persistent=True)],
     ]
-    least = {8: 0, 16: 1, 24: 6, 32: 10, 64: 12, 96: 30, 128: 40}
+    least = {8: 0, 16: 1, 24: 6, 32: 10, 64: 12, 96: 12, 128: 40}
     most = {8: 8, 16: 20, 24: 30, 32: 60, 64: 150}
     return [
         configs for configs in lists if least[configs[0].tokens] <= mean <= most.get(configs[0].tokens, mean)

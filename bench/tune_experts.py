@@ -21,9 +21,9 @@ from timing import capture, ceilings, microseconds
 from cutedsl_nvfp4.tiles import ExpertTiles
 
 
-def measure(layer: Layer, m: int, limits: dict, file, deadline: float) -> None:
+def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: float) -> None:
     case = layer.case
-    inputs = layer.inputs(m, "uniform")
+    inputs = layer.inputs(m, routing)
     times: dict[ExpertTiles, float] = {}
     expected = None
 
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
     parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
+    parser.add_argument("--routing", default="uniform", help="uniform, which tiles are chosen by, or zipf")
     parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -85,7 +86,7 @@ def main() -> None:
             if case.name in arguments.cases.split(","):
                 layer = Layer(case)
                 for m in map(int, arguments.tokens.split(",")):
-                    measure(layer, m, limits, file, deadline)
+                    measure(layer, m, arguments.routing, limits, file, deadline)
                 del layer
                 torch.cuda.empty_cache()
 

@@ -347,3 +347,13 @@ def test_refuses_operands_that_do_not_fit():
         problem.run(x, weights[:1], ids)
     with pytest.raises(ValueError, match="expert_map must be"):
         problem.run(x, weights, ids, ids)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        problem.run(x, weights, ids, out=torch.empty(2, 64, dtype=torch.bfloat16, device="cuda"))
+
+
+def test_result_in_given_memory():
+    problem = Problem(4, 128, 64, seed=15)
+    x, (weights, ids) = problem.tokens(5), problem.route(5, 2)
+    out = torch.full((5, 128), float("nan"), dtype=torch.bfloat16, device="cuda")
+    assert problem.run(x, weights, ids, out=out).data_ptr() == out.data_ptr()
+    assert torch.equal(out, problem.run(x, weights, ids))

@@ -42,12 +42,12 @@ def _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate,
         shape = (experts, *packed_shape(n, k))
         if codes.dtype != torch.int64 or codes.shape != (*shape, CODE_WORDS) or not codes.is_contiguous():
             raise ValueError(
-                f"{name} codes must be contiguous int64 {(*shape, CODE_WORDS)} from pack_experts, "
+                f"{name} codes must be contiguous int64 {(*shape, CODE_WORDS)} from prepare_experts, "
                 f"got {codes.dtype} {tuple(codes.shape)}"
             )
         if scales.dtype != torch.int32 or scales.shape != (*shape, SCALE_WORDS) or not scales.is_contiguous():
             raise ValueError(
-                f"{name} scales must be contiguous int32 {(*shape, SCALE_WORDS)} from pack_experts, "
+                f"{name} scales must be contiguous int32 {(*shape, SCALE_WORDS)} from prepare_experts, "
                 f"got {scales.dtype} {tuple(scales.shape)}"
             )
         if row_scale.dtype != torch.float32 or row_scale.shape != (experts, n):
@@ -87,9 +87,9 @@ def run(
 ) -> torch.Tensor:
     """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, on torch's current stream; see reference.experts.
 
-    Weights come from `layout.pack_experts`. They, row scales, topk_weights, topk_ids and expert_map follow
-    the rule of `linear.run`: no kernel that lets its successor start early may write them. A pair whose id
-    is negative, unknown or maps to -1 adds nothing. The result is the same in every run; with
+    Weights come from `prepare_experts` for Layout.SM90. They, row scales, topk_weights, topk_ids and
+    expert_map follow the rule of `linear.run`: no kernel that lets its successor start early may write them.
+    A pair whose id is negative, unknown or maps to -1 adds nothing. The result is the same in every run; with
     `batch_invariant` a row's does not depend on the other rows. `config` overrides the measured choice,
     `out` receives the result instead of new memory. Raises ValueError for operands that do not fit.
     """
@@ -98,9 +98,10 @@ def run(
     m, topk = topk_ids.shape
     if out is None:
         out = torch.empty((m, hidden), dtype=out_dtype, device=x.device)
-    elif out.shape != (m, hidden) or out.dtype != out_dtype or not out.is_contiguous():
+    elif out.shape != (m, hidden) or out.dtype != out_dtype or not out.is_contiguous() or out.data_ptr() % 16:
         raise ValueError(
-            f"out must be contiguous {out_dtype} {(m, hidden)}, got {out.dtype} {tuple(out.shape)}"
+            f"out must be contiguous, 16-byte aligned {out_dtype} {(m, hidden)}, got {out.dtype} "
+            f"{tuple(out.shape)}, strides {out.stride()}, address {out.data_ptr():#x}"
         )
     if m == 0:
         return out
