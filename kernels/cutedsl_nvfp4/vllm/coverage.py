@@ -13,7 +13,6 @@ from pathlib import Path
 from torch.nn import Module, Parameter
 
 from .checkpoint_files import check_whole_parameters, read_checkpoint
-
 from .layers import FUSED
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
