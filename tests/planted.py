@@ -5,14 +5,27 @@ from dataclasses import replace
 
 import torch
 
-from cutedsl_nvfp4.reference import linear
-from cutedsl_nvfp4.selfcheck import Layer
-from cutedsl_nvfp4.sm90.layout import PANEL_ROWS, unpack_linear
+from cutedsl_nvfp4.reference import experts, linear
+from cutedsl_nvfp4.selfcheck import ExpertsLayer, Layer
+from cutedsl_nvfp4.sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
 
 
-def emulated(x: torch.Tensor, layer: Layer, tile, out: torch.Tensor) -> None:
+def emulated(inputs: tuple[torch.Tensor, ...], layer: Layer | ExpertsLayer, tile, out: torch.Tensor) -> None:
     """What the kernel computes, from the operands the kernel gets."""
     weight = layer.operands
+    if isinstance(layer, ExpertsLayer):
+        _, hidden, intermediate = layer.sizes
+        w13 = unpack_linear(weight.w13_codes, weight.w13_block_scales, 2 * intermediate, hidden)
+        w2 = unpack_linear(weight.w2_codes, weight.w2_block_scales, hidden, intermediate)
+        x, weights, ids = inputs
+        out.copy_(
+            experts(
+                x, *(separate_gate_up(t) for t in w13), weight.w13_row_scale, *w2, weight.w2_row_scale,
+                weights, ids, expert_map=layer.expert_map, swiglu_limit=layer.swiglu_limit,
+            )
+        )  # fmt: skip
+        return
+    (x,) = inputs
     panels = weight.codes.shape[0] // weight.groups
     grouped = (t.unflatten(0, (weight.groups, panels)) for t in (weight.codes, weight.block_scales))
     plain = unpack_linear(*grouped, weight.n // weight.groups, weight.k)
@@ -24,31 +37,36 @@ def emulated(x: torch.Tensor, layer: Layer, tile, out: torch.Tensor) -> None:
     )
 
 
-def _with(layer: Layer, **operands: torch.Tensor) -> Layer:
+def _with(layer: Layer | ExpertsLayer, **operands: torch.Tensor) -> Layer | ExpertsLayer:
     return replace(layer, operands=replace(layer.operands, **operands))
 
 
-def wrong_swizzle(multiply: Callable, x, layer: Layer, tile, out) -> None:
-    """Two neighbouring rows of every eight change places in the last panel's codes."""
-    codes = layer.operands.codes.clone()
-    words = codes[-1].view(torch.int32).view(-1, 4, 8, 4, 4)  # [KB, w, r, c, j]
-    words[:, :, :2] = words[:, :, :2].flip(2)
-    multiply(x, _with(layer, codes=codes), tile, out)
+def wrong_swizzle(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
+    """Two neighbouring rows of every eight change places, in the last panel of a linear's codes, in all of w13's."""
+    name = "w13_codes" if isinstance(layer, ExpertsLayer) else "codes"
+    codes = getattr(layer.operands, name).clone()
+    words = codes.view(torch.int32).view(*codes.shape[:-1], 4, 8, 4, 4)  # [..., P, KB, w, r, c, j]
+    words = words if isinstance(layer, ExpertsLayer) else words[-1:]
+    words[..., :2, :, :] = words[..., :2, :, :].flip(-3)
+    multiply(inputs, _with(layer, **{name: codes}), tile, out)
 
 
-def dropped_tile(multiply: Callable, x, layer: Layer, tile, out) -> None:
+def dropped_tile(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
     """One tile of the output is never stored."""
     rows, tokens = out[:, -PANEL_ROWS:].shape[1], min(8, len(out))
     before = out[-tokens:, -rows:].clone()
-    multiply(x, layer, tile, out)
+    multiply(inputs, layer, tile, out)
     out[-tokens:, -rows:] = before
 
 
-def doubled_scale(multiply: Callable, x, layer: Layer, tile, out) -> None:
-    """The first row's global scale counts twice."""
+def doubled_scale(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
+    """The global scale of a linear's first row, or of w2 in all experts, counts twice."""
+    if isinstance(layer, ExpertsLayer):
+        multiply(inputs, _with(layer, w2_row_scale=layer.operands.w2_row_scale * 2), tile, out)
+        return
     row_scale = layer.operands.row_scale.clone()
     row_scale[0] *= 2
-    multiply(x, _with(layer, row_scale=row_scale), tile, out)
+    multiply(inputs, _with(layer, row_scale=row_scale), tile, out)
 
 
 def planted(multiply: Callable) -> dict[str, Callable]:

@@ -8,8 +8,9 @@ import torch
 from planted import PLANTED, emulated
 
 from cutedsl_nvfp4 import selfcheck
-from cutedsl_nvfp4.prepare import prepare_linear
-from cutedsl_nvfp4.selfcheck import Layer, Report, SelfCheckFailed
+from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
+from cutedsl_nvfp4.selfcheck import ExpertsLayer, Layer, Report, SelfCheckFailed
+from cutedsl_nvfp4.sm90.experts import tiles_by_name
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
 from cutedsl_nvfp4.support import Layout
 
@@ -53,8 +54,8 @@ def test_bias_is_part_of_the_product(random_weight):
     assert selfcheck.check_product(checked, 1, tile, generator, emulated) <= 1
     without = Layer(checked.name, checked.operands, checked.out_dtype)
 
-    def forgets_the_bias(x, layer, tile, out):
-        emulated(x, without, tile, out)
+    def forgets_the_bias(inputs, layer, tile, out):
+        emulated(inputs, without, tile, out)
 
     with pytest.raises(SelfCheckFailed, match="relative error"):
         selfcheck.check_product(checked, 1, tile, generator, forgets_the_bias)
@@ -64,13 +65,13 @@ def test_bias_is_part_of_the_product(random_weight):
 def test_planted_fault_is_caught_and_named(random_weight, fault):
     layers = [layer(random_weight), layer(random_weight, name="model.layers.4.attn.wo_b")]
 
-    def wrong_on_the_second(x, layer, tile, out):
-        (emulated if layer is layers[0] else PLANTED[fault])(x, layer, tile, out)
+    def wrong_on_the_second(inputs, layer, tile, out):
+        (emulated if layer is layers[0] else PLANTED[fault])(inputs, layer, tile, out)
 
     with pytest.raises(SelfCheckFailed) as failed:
         selfcheck.check_layers(layers, 64, False, Report(), wrong_on_the_second)
     message = str(failed.value)
-    assert message.startswith("model.layers.4.attn.wo_b (N = 200, K = 144, groups = 1, M = ")
+    assert message.startswith("model.layers.4.attn.wo_b (N = 200, K = 144, groups = 1, torch.bfloat16, M = ")
     assert ("not written" if fault == "dropped_tile" else "relative error") in message
 
 
@@ -81,6 +82,49 @@ def test_every_tile_is_checked_on_the_first_layer_of_a_shape_and_all_layers_are(
     assert {tile for checked, tile, _ in planned if checked is layers[0]} == tiles
     for other in layers[1:]:
         assert sum(checked is other for checked, _, _ in planned) == min(2, len(tiles))
+
+
+# --- experts ---
+
+
+def experts_layer(random_weight, name="model.layers.3.ffn.experts", seed=0) -> ExpertsLayer:
+    operands = prepare_experts(
+        *random_weight(8, 96, 128, seed=seed), torch.full((8, 2), 0.01), *random_weight(8, 128, 48, seed=seed + 1),
+        torch.full((8,), 0.5), layout=Layout.SM90,
+    )  # fmt: skip
+    return ExpertsLayer(name, operands, 6, 8, None, 10.0)
+
+
+def test_right_experts_pass(random_weight):
+    report = Report()
+    checked = experts_layer(random_weight)
+    selfcheck.check_layers([checked], 64, False, report, emulated)
+    assert report.layers == 1 and report.products == len(checked.tiles(64, False)) > 1
+    assert 0 < report.worst_error <= 1
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_in_experts_is_caught_and_named(random_weight, fault):
+    with pytest.raises(SelfCheckFailed) as failed:
+        selfcheck.check_layers([experts_layer(random_weight)], 64, False, Report(), PLANTED[fault])
+    message = str(failed.value)
+    assert message.startswith("model.layers.3.ffn.experts (E = 8 of 8, H = 128, I = 48, top-k = 6, M = ")
+    assert ("not written" if fault == "dropped_tile" else "relative error") in message
+
+
+def test_experts_of_other_ranks_add_nothing(random_weight):
+    from dataclasses import replace
+
+    elsewhere = replace(experts_layer(random_weight), expert_map=torch.full((8,), -1, dtype=torch.int32))
+    tiles, m = next(iter(elsewhere.tiles(1, False).items()))
+    generator = torch.Generator().manual_seed(0)
+    assert selfcheck.check_experts(elsewhere, m, tiles, generator, emulated) == 0
+
+    def adds_something(inputs, layer, tile, out):
+        out.fill_(1e-3)
+
+    with pytest.raises(SelfCheckFailed, match="without a local expert"):
+        selfcheck.check_experts(elsewhere, m, tiles, generator, adds_something)
 
 
 # --- the child process ---
@@ -109,11 +153,11 @@ def tests_are_importable(monkeypatch):
 
 
 def test_child_checks_every_kernel(tmp_path):
-    kernels = [KERNEL, kernel_name(*list(shipped_kernels().values())[-1])]
+    kernels = [KERNEL, kernel_name(*list(shipped_kernels().values())[-1]), next(iter(tiles_by_name()))]
     errors = selfcheck.check_in_child(
         kernels, "cpu", child(tmp_path, "print('noise')\nselfcheck.serve_child(emulated)")
     )
-    assert len(errors) == 2 and all(0 < error <= 1 for error in errors)
+    assert len(errors) == 3 and all(0 < error <= 1 for error in errors)
 
 
 @pytest.mark.parametrize("fault", PLANTED)
@@ -149,7 +193,9 @@ def test_child_that_does_not_answer_is_a_failure(tmp_path, monkeypatch, body, wo
 def test_both_stages_are_reported(random_weight, tmp_path, monkeypatch):
     monkeypatch.setattr(selfcheck.check_layers, "__defaults__", (emulated,))
     layers = [layer(random_weight, n=256, k=128), layer(random_weight, n=64, k=128, out_dtype=torch.float32)]
-    report = selfcheck.check(layers, 16, False, child(tmp_path, "selfcheck.serve_child(emulated)")).as_dict()
+    report = selfcheck.check(
+        layers, torch.device("cpu"), 16, False, child(tmp_path, "selfcheck.serve_child(emulated)")
+    ).as_dict()
     kernels = {name for checked in layers for name in checked.kernels(16, False)}
     assert report["verdict"] == "passed" and report["layers"] == 2 and report["kernels"] == len(kernels)
     assert report["products"] > report["kernels"]
@@ -157,4 +203,4 @@ def test_both_stages_are_reported(random_weight, tmp_path, monkeypatch):
 
 
 def test_nothing_to_check_is_no_failure():
-    assert selfcheck.check([], 16, False).as_dict()["products"] == 0
+    assert selfcheck.check([], torch.device("cpu"), 16, False).as_dict()["products"] == 0

@@ -40,7 +40,11 @@ class Model(torch.nn.Module):
 def worker(random_weight):
     scheduler = SimpleNamespace(max_num_batched_tokens=64)
     model = Model(random_weight, Layout.SM90)
-    return SimpleNamespace(get_model=lambda: model, vllm_config=SimpleNamespace(scheduler_config=scheduler))
+    return SimpleNamespace(
+        get_model=lambda: model,
+        device=torch.device("cpu"),
+        vllm_config=SimpleNamespace(scheduler_config=scheduler),
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -23,15 +23,17 @@ from dataclasses import dataclass
 import torch
 
 from .format import GROUP_SIZE, SCALE_DTYPE
-from .prepare import PreparedLinear, prepare_linear
-from .reference import dequantize
+from .prepare import PreparedExperts, PreparedLinear, prepare_experts, prepare_linear
+from .reference import dequantize, swiglu
+from .sm90 import experts as sm90_experts
 from .sm90 import linear as sm90_linear
-from .sm90.layout import PANEL_ROWS, unpack_linear
+from .sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
 from .support import Layout
-from .tiles import Config, chosen
+from .tiles import Config, ExpertTiles, chosen, chosen_experts
 
 PANELS = 8  # weight panels a product is compared on: the first, the last and random ones
 TOKENS = 64  # rows of x it is compared on
+EXPERT_TOKENS = 2  # the same for experts, of which each token meets several
 BF16_LIMIT = 1.5  # times the error of rounding the exact product to bf16
 F32_LIMIT = 2e-5  # relative, of a float32 result
 START_SECONDS = 120.0  # for the child to import torch and reach the device
@@ -58,6 +60,10 @@ class Layer:
     def shape(self) -> tuple:
         return self.operands.n, self.operands.k, self.operands.groups, self.out_dtype, self.bias is not None
 
+    def __str__(self) -> str:
+        weight = self.operands
+        return f"N = {weight.n}, K = {weight.k}, groups = {weight.groups}, {self.out_dtype}"
+
     def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[Config, int]:
         """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
         return chosen(
@@ -83,8 +89,48 @@ class Layer:
         return self._problem()[0] * self.out_dtype.itemsize % 16 == 0
 
 
-# (x, layer, tile, out) -> None, writes out
-Multiply = Callable[[torch.Tensor, Layer, Config, torch.Tensor], None]
+@dataclass(frozen=True)
+class ExpertsLayer:
+    """One layer of prepared routed experts (Layout.SM90), E of them local."""
+
+    name: str
+    operands: PreparedExperts
+    topk: int
+    known: int  # experts that ids name
+    expert_map: torch.Tensor | None = None  # int [known] -> local id or -1
+    swiglu_limit: float | None = None
+    out_dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(E, H, I)"""
+        experts, hidden = self.operands.w2_row_scale.shape
+        return experts, hidden, self.operands.w13_row_scale.shape[1] // 2
+
+    @property
+    def shape(self) -> tuple:
+        return *self.sizes, self.topk, self.known, self.out_dtype
+
+    def __str__(self) -> str:
+        experts, hidden, intermediate = self.sizes
+        return f"E = {experts} of {self.known}, H = {hidden}, I = {intermediate}, top-k = {self.topk}"
+
+    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[ExpertTiles, int]:
+        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
+        experts, hidden, intermediate = self.sizes
+        return chosen_experts(
+            hidden, intermediate, self.topk, experts, self.known, max_tokens, batch_invariant
+        )
+
+    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
+        """Names of the kernels behind `tiles`, those of one choice together."""
+        return [sm90_experts.tiles_name(tiles) for tiles in self.tiles(max_tokens, batch_invariant)]
+
+
+# (inputs, layer, tile, out) -> None, writes out; inputs are (x,), or for experts (x, top-k weights, top-k ids)
+Multiply = Callable[
+    [tuple[torch.Tensor, ...], Layer | ExpertsLayer, Config | ExpertTiles, torch.Tensor], None
+]
 
 
 @dataclass
@@ -112,12 +158,26 @@ class Report:
         }
 
 
-def multiply(x: torch.Tensor, layer: Layer, tile: Config, out: torch.Tensor) -> None:
-    """The product as the op computes it, with one tile."""
+def multiply(
+    inputs: tuple[torch.Tensor, ...],
+    layer: Layer | ExpertsLayer,
+    tile: Config | ExpertTiles,
+    out: torch.Tensor,
+) -> None:
+    """What the op computes, with one tile."""
     weight = layer.operands
-    sm90_linear.run(
-        x, weight.codes, weight.block_scales, weight.row_scale, layer.bias,
-        n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
+    if isinstance(layer, Layer):
+        sm90_linear.run(
+            *inputs, weight.codes, weight.block_scales, weight.row_scale, layer.bias,
+            n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
+        )  # fmt: skip
+        return
+    x, weights, ids = inputs
+    _, hidden, intermediate = layer.sizes
+    sm90_experts.run(
+        x, weight.w13_codes, weight.w13_block_scales, weight.w13_row_scale, weight.w2_codes, weight.w2_block_scales,
+        weight.w2_row_scale, weights, ids, layer.expert_map, hidden=hidden, intermediate=intermediate,
+        swiglu_limit=layer.swiglu_limit, out_dtype=out.dtype, config=tile, out=out,
     )  # fmt: skip
 
 
@@ -153,6 +213,17 @@ def _exact(
     return n, exact, torch.where(size > 0, size, torch.ones_like(size))
 
 
+def _check_finite(out: torch.Tensor) -> None:
+    """Raise SelfCheckFailed if a poisoned result was not written everywhere."""
+    finite = torch.isfinite(out)
+    if not bool(finite.all()):
+        missing = (~finite).nonzero()
+        raise SelfCheckFailed(
+            f"{len(missing)} of {out.numel()} results were not written or are not finite, the first at "
+            f"[m, n] = {missing[0].tolist()}"
+        )
+
+
 def check_product(
     layer: Layer, m: int, tile: Config, generator: torch.Generator, multiply: Multiply = multiply
 ) -> float:
@@ -168,14 +239,8 @@ def check_product(
         m, weight.groups * weight.k, device=device, generator=torch.Generator(device).manual_seed(seed)
     ).to(torch.bfloat16)
     out = torch.full((m, weight.n), float("nan"), device=device, dtype=layer.out_dtype)
-    multiply(x, layer, tile, out)
-    finite = torch.isfinite(out)
-    if not bool(finite.all()):
-        missing = (~finite).nonzero()
-        raise SelfCheckFailed(
-            f"{len(missing)} of {out.numel()} results were not written or are not finite, the first at "
-            f"[m, n] = {missing[0].tolist()}"
-        )
+    multiply((x,), layer, tile, out)
+    _check_finite(out)
     tokens = _pick(m, TOKENS, generator).to(device)
     rows, exact, size = _exact(x[tokens], layer, _pick(weight.codes.shape[0], PANELS, generator).to(device))
     # over their size, or rows with a small global scale would not count
@@ -188,6 +253,73 @@ def check_product(
     if not error <= limit:
         worst = int(rows[off.norm(dim=0).argmax()])
         raise SelfCheckFailed(f"relative error {error:.3g}, allowed {limit:.3g}; row {worst} is furthest off")
+    return error / limit
+
+
+def _expert(layer: ExpertsLayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decoded float64 weights of one local expert: (w13 [2I, H], gate rows first, w2 [H, I])."""
+    weight, (_, hidden, intermediate) = layer.operands, layer.sizes
+    w13 = unpack_linear(weight.w13_codes[expert], weight.w13_block_scales[expert], 2 * intermediate, hidden)
+    w13 = dequantize(*(separate_gate_up(t) for t in w13), dtype=torch.float64)
+    w2 = unpack_linear(weight.w2_codes[expert], weight.w2_block_scales[expert], hidden, intermediate)
+    w2 = dequantize(*w2, dtype=torch.float64)
+    return (
+        w13 * weight.w13_row_scale[expert].double().unsqueeze(1),
+        w2 * weight.w2_row_scale[expert].double().unsqueeze(1),
+    )
+
+
+def check_experts(
+    layer: ExpertsLayer, m: int, tiles: ExpertTiles, generator: torch.Generator, multiply: Multiply = multiply
+) -> float:
+    """m random tokens through random experts of `layer` -> the error over its limit, at most 1.
+
+    The limit follows from rounding to bf16 what every fused path stores: the intermediate, each expert's
+    result and their sum. Raises as `check_product`.
+    """
+    _, hidden, intermediate = layer.sizes
+    device = layer.operands.w13_codes.device
+    on_device = torch.Generator(device).manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
+    x = torch.randn(m, hidden, device=device, generator=on_device).to(torch.bfloat16)
+    ids = (
+        torch.rand(m, layer.known, device=device, generator=on_device)
+        .topk(layer.topk)
+        .indices.to(torch.int32)
+    )
+    weights = torch.rand(m, layer.topk, device=device, generator=on_device) + 0.5
+    for width in (
+        intermediate,
+        hidden,
+    ):  # the kernels' scratch comes from this memory: what they leave out shows
+        torch.full((m * layer.topk, width), float("nan"), device=device, dtype=torch.bfloat16)
+    out = torch.full((m, hidden), float("nan"), device=device, dtype=layer.out_dtype)
+    multiply((x, weights, ids), layer, tiles, out)
+    _check_finite(out)
+    local = ids.long() if layer.expert_map is None else layer.expert_map.long()[ids.long()]
+    tokens = _pick(m, EXPERT_TOKENS, generator).tolist()
+    exact = torch.zeros(len(tokens), hidden, device=device, dtype=torch.float64)
+    rounded = exact.clone()
+    for i, token in enumerate(tokens):
+        for choice, expert in enumerate(local[token].tolist()):
+            if expert < 0:
+                continue
+            w13, w2 = _expert(layer, expert)
+            h = swiglu(*(w13 @ x[token].double()).chunk(2), layer.swiglu_limit)
+            by = float(weights[token, choice])
+            exact[i] += by * (w2 @ h)
+            rounded[i] += by * (w2 @ h.to(torch.bfloat16).double()).to(torch.bfloat16).double()
+    off, norm = out[tokens].double() - exact, exact.norm()
+    if norm == 0:  # no expert of these tokens is local
+        if bool(off.any()):
+            raise SelfCheckFailed("tokens without a local expert got a result")
+        return 0.0
+    error = float(off.norm() / norm)
+    limit = BF16_LIMIT * float((rounded.to(layer.out_dtype).double() - exact).norm() / norm)
+    if not error <= limit:
+        worst = tokens[int(off.norm(dim=1).argmax())]
+        raise SelfCheckFailed(
+            f"relative error {error:.3g}, allowed {limit:.3g}; token {worst} is furthest off"
+        )
     return error / limit
 
 
@@ -210,8 +342,43 @@ def synthetic(
     return Layer("synthetic", operands, out_dtype, bias)
 
 
+def synthetic_experts(device: torch.device, generator: torch.Generator) -> ExpertsLayer:
+    """A layer of five random experts out of eight, with ragged sizes."""
+    local, hidden, intermediate = 5, 272, 144
+
+    def random(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.randint(0, 256, (local, n, k // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(
+            0x20, 0x50, (local, n, k // GROUP_SIZE), dtype=torch.uint8, generator=generator
+        )
+        scales[torch.rand(scales.shape, generator=generator) < 0.02] = 0
+        return codes.to(device), scales.to(device).view(SCALE_DTYPE)
+
+    size = 0.1 / hidden**0.5  # brings gate and up near one, where SwiGLU bends
+    operands = prepare_experts(
+        *random(2 * intermediate, hidden), (torch.rand(local, 2, generator=generator).to(device) + 0.5) * size,
+        *random(hidden, intermediate), torch.rand(local, generator=generator).to(device) + 0.5,
+        layout=Layout.SM90, name="synthetic",
+    )  # fmt: skip
+    expert_map = torch.tensor([2, -1, 0, 4, -1, 1, 3, -1], dtype=torch.int32, device=device)
+    return ExpertsLayer("synthetic", operands, 6, len(expert_map), expert_map, 2.0)
+
+
+def load_kernel(name: str) -> None:
+    """Compile or load what `name` stands for."""
+    if name in sm90_linear.shipped_kernels():
+        sm90_linear.load(name)
+    else:
+        sm90_experts.load_tiles(sm90_experts.tiles_by_name()[name], 6, torch.bfloat16)
+
+
 def check_kernel(name: str, device: torch.device, multiply: Multiply = multiply) -> float:
-    """One of sm90.linear.shipped_kernels on small ragged problems -> the worst error over its limit."""
+    """A linear kernel, or the kernels of one choice of experts' tiles, on small ragged problems -> worst error."""
+    if name not in sm90_linear.shipped_kernels():
+        tiles = sm90_experts.tiles_by_name()[name]
+        generator = torch.Generator().manual_seed(0)
+        layer = synthetic_experts(device, generator)
+        return max(check_experts(layer, m, tiles, generator, multiply) for m in (1, 2 * tiles.tokens + 3))
     tile, out_dtype, has_bias, aligned = sm90_linear.shipped_kernels()[name]
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -237,7 +404,7 @@ def serve_child(multiply: Multiply = multiply) -> None:
     say(phase="started")
     for name in request["kernels"]:
         if device.type == "cuda":
-            sm90_linear.load(name)
+            load_kernel(name)
         say(phase="loaded", kernel=name)
         say(phase="checked", kernel=name, error=check_kernel(name, device, multiply))
     say(phase="done")
@@ -311,8 +478,8 @@ def check_in_child(kernels: list[str], device: str, command: tuple[str, ...] = C
 
 
 def products(
-    layers: list[Layer], max_tokens: int, batch_invariant: bool
-) -> Iterator[tuple[Layer, Config, int]]:
+    layers: list[Layer | ExpertsLayer], max_tokens: int, batch_invariant: bool
+) -> Iterator[tuple[Layer | ExpertsLayer, Config | ExpertTiles, int]]:
     """(layer, tile, tokens): every tile on the first layer of a shape, two on each of the others, in turn."""
     seen: dict[tuple, int] = {}
     for layer in layers:
@@ -326,31 +493,36 @@ def products(
 
 
 def check_layers(
-    layers: list[Layer], max_tokens: int, batch_invariant: bool, report: Report, multiply: Multiply = multiply
+    layers: list[Layer | ExpertsLayer],
+    max_tokens: int,
+    batch_invariant: bool,
+    report: Report,
+    multiply: Multiply = multiply,
 ) -> None:
     """Stage two, noted in `report`. Raises SelfCheckFailed naming layer, shape, tile and error."""
     generator = torch.Generator().manual_seed(time.time_ns() % (1 << 31))
     for layer, tile, m in products(layers, max_tokens, batch_invariant):
+        check_one = check_product if isinstance(layer, Layer) else check_experts
         try:
-            report.add(check_product(layer, m, tile, generator, multiply))
+            report.add(check_one(layer, m, tile, generator, multiply))
         except SelfCheckFailed as failure:
-            n, k, groups, out_dtype, _ = layer.shape
-            raise SelfCheckFailed(
-                f"{layer.name} (N = {n}, K = {k}, groups = {groups}, M = {m}, {out_dtype}, {tile}): {failure}"
-            ) from None
+            raise SelfCheckFailed(f"{layer.name} ({layer}, M = {m}, {tile}): {failure}") from None
     report.layers += len(layers)
 
 
 def check(
-    layers: list[Layer], max_tokens: int, batch_invariant: bool, command: tuple[str, ...] = CHILD
+    layers: list[Layer | ExpertsLayer],
+    device: torch.device,
+    max_tokens: int,
+    batch_invariant: bool,
+    command: tuple[str, ...] = CHILD,
 ) -> Report:
     """Both stages for the layers of one rank -> what was checked. Raises SelfCheckFailed."""
     report, started = Report(), time.monotonic()
     if layers:
-        kernels = list(
-            dict.fromkeys(name for layer in layers for name in layer.kernels(max_tokens, batch_invariant))
-        )
-        for error in check_in_child(kernels, str(layers[0].operands.codes.device), command):
+        names = (name for layer in layers for name in layer.kernels(max_tokens, batch_invariant))
+        kernels = list(dict.fromkeys(names))
+        for error in check_in_child(kernels, str(device), command):
             report.add(error)
         report.kernels = len(kernels)
         check_layers(layers, max_tokens, batch_invariant, report)

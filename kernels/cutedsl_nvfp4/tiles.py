@@ -306,6 +306,26 @@ def choose_experts(
     return _measured_experts(experts, hidden, intermediate, mean)
 
 
+def chosen_experts(
+    hidden: int,
+    intermediate: int,
+    topk: int,
+    experts: int,
+    known: int,
+    max_tokens: int,
+    batch_invariant: bool,
+) -> dict[ExpertTiles, int]:
+    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number of tokens that takes it.
+
+    Tokens are tried in half powers of two: the rules lie further apart.
+    """
+    found: dict[ExpertTiles, int] = {}
+    halves = {round(2 ** (i / 2)) for i in range(2 * max_tokens.bit_length())}
+    for m in sorted({m for m in halves if m < max_tokens} | {max_tokens}):
+        found.setdefault(choose_experts(hidden, intermediate, m * topk, experts, known, batch_invariant), m)
+    return found
+
+
 @cache
 def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float) -> ExpertTiles:
     from .measured_experts import TABLE, TILES
@@ -317,9 +337,14 @@ def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float)
     return TILES[min(rules, key=lambda rule: abs(math.log(rule[0] / mean)))[1]]
 
 
-def shipped_experts() -> list[tuple[Config, bool]]:
-    """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
+def shipped_expert_tiles() -> list[ExpertTiles]:
+    """Everything `choose_experts` can return."""
     from .measured_experts import TILES
 
-    tiles = [*TILES, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
-    return list(dict.fromkeys(pair for t in tiles for pair in ((t.w13, True), (t.w2, False))))
+    return [*TILES, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
+
+
+def shipped_experts() -> list[tuple[Config, bool]]:
+    """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
+    pairs = (pair for t in shipped_expert_tiles() for pair in ((t.w13, True), (t.w2, False)))
+    return list(dict.fromkeys(pairs))

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
-from ..tiles import ExpertTiles, Narrow, choose_experts, shipped_experts
+from ..tiles import ExpertTiles, Narrow, choose_experts, shipped_expert_tiles, shipped_experts
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
 from .linear import TYPE_NAMES, _sm_count
@@ -143,6 +143,26 @@ def shipped_kernels() -> dict[str, tuple]:
     kernels += [("product", config, activated) for config, activated in shipped_experts()]
     kernels += [("combine", topk, dtype) for topk in TOPKS for dtype in (torch.bfloat16, torch.float32)]
     return {kernel_name(*kernel): kernel for kernel in kernels}
+
+
+def tiles_by_name() -> dict[str, ExpertTiles]:
+    """{name: tiles} of every choice of tiles a served model's `run` can take; one is several kernels."""
+    return {tiles_name(tiles): tiles for tiles in shipped_expert_tiles()}
+
+
+def tiles_name(tiles: ExpertTiles) -> str:
+    return f"{kernel_name('product', tiles.w13, True)} with {kernel_name('product', tiles.w2, False)}"
+
+
+def load_tiles(tiles: ExpertTiles, topk: int, out_dtype: torch.dtype) -> None:
+    """Compile or load now every kernel that `run` needs with `tiles`."""
+    for kernel in (
+        ("route",),
+        ("product", tiles.w13, True),
+        ("product", tiles.w2, False),
+        ("combine", topk, out_dtype),
+    ):
+        _kernel(*kernel)
 
 
 def load(name: str) -> Callable:

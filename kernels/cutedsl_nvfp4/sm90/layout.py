@@ -163,6 +163,13 @@ def interleave_gate_up(rows: torch.Tensor) -> torch.Tensor:
     return split.transpose(-4, -3).reshape(*batch, two_i, -1).view(rows.dtype)
 
 
+def separate_gate_up(rows: torch.Tensor) -> torch.Tensor:
+    """The inverse of `interleave_gate_up`: [..., 2I, X] -> gate rows, then up rows."""
+    *batch, two_i, width = rows.shape
+    split = rows.view(torch.uint8).view(*batch, two_i // 16, 2, 8, width * rows.element_size())
+    return split.transpose(-4, -3).reshape(*batch, two_i, -1).view(rows.dtype)
+
+
 _REGISTER_WORDS = _register_words()
 
 

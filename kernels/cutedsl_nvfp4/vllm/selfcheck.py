@@ -9,25 +9,45 @@ from vllm.distributed.parallel_state import get_world_group, model_parallel_is_i
 from vllm.logger import init_logger
 
 from .. import selfcheck, settings, support
-from ..prepare import PreparedLinear
+from ..prepare import PreparedExperts, PreparedLinear
+from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel
 
 logger = init_logger(__name__)
 
 
-def _layers(model: Module) -> list[selfcheck.Layer]:
-    """The model's linear layers that a GPU kernel of ours serves."""
-    layers = []
+def _linear(name: str, module: Module, kernel: CuTeDSLNvFp4LinearKernel) -> selfcheck.Layer:
+    operands = PreparedLinear(
+        module.weight.data, module.weight_scale.data, module.row_scale.data,
+        module.nvfp4_n, module.nvfp4_k, kernel.support.layout, module.nvfp4_groups,
+    )  # fmt: skip
+    out_dtype = getattr(module, "nvfp4_out_dtype", torch.bfloat16)
+    return selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None))
+
+
+def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfcheck.ExpertsLayer:
+    operands = PreparedExperts(
+        module.w13_weight.data, module.w13_weight_scale.data, module.w13_row_scale.data,
+        module.w2_weight.data, module.w2_weight_scale.data, module.w2_row_scale.data, kernel.support.layout,
+    )  # fmt: skip
+    config = kernel.moe_config
+    return selfcheck.ExpertsLayer(
+        name, operands, config.experts_per_token, config.num_experts, module.expert_map,
+        kernel.quant_config.gemm1_clamp_limit,
+    )  # fmt: skip
+
+
+def _layers(model: Module) -> list[selfcheck.Layer | selfcheck.ExpertsLayer]:
+    """The model's layers that a GPU kernel of ours serves."""
+    layers: list[selfcheck.Layer | selfcheck.ExpertsLayer] = []
     for name, module in model.named_modules():
-        kernel = getattr(getattr(module, "quant_method", None), "kernel", None)
-        if not isinstance(kernel, CuTeDSLNvFp4LinearKernel) or kernel.support.layout is support.Layout.PLAIN:
-            continue
-        operands = PreparedLinear(
-            module.weight.data, module.weight_scale.data, module.row_scale.data,
-            module.nvfp4_n, module.nvfp4_k, kernel.support.layout, module.nvfp4_groups,
-        )  # fmt: skip
-        out_dtype = getattr(module, "nvfp4_out_dtype", torch.bfloat16)
-        layers.append(selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None)))
+        quant_method = getattr(module, "quant_method", None)
+        kernel = getattr(quant_method, "kernel", None)
+        experts = getattr(getattr(quant_method, "moe_kernel", None), "fused_experts", None)
+        if isinstance(kernel, CuTeDSLNvFp4LinearKernel) and kernel.support.layout is not support.Layout.PLAIN:
+            layers.append(_linear(name, module, kernel))
+        elif isinstance(experts, CuTeDSLNvFp4Experts) and experts.support.layout is not support.Layout.PLAIN:
+            layers.append(_experts(name, experts.layer, experts))
     return layers
 
 
@@ -62,7 +82,7 @@ def check_kernels(worker) -> None:
     report, failure = None, None
     try:
         tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
-        report = selfcheck.check(layers, tokens, bool(envs.VLLM_BATCH_INVARIANT))
+        report = selfcheck.check(layers, worker.device, tokens, bool(envs.VLLM_BATCH_INVARIANT))
     except selfcheck.SelfCheckFailed as error:
         failure = str(error)
     gc.collect()
