@@ -96,7 +96,7 @@ def download(location: str, revision: str | None = None) -> Folder:
     return Folder(Path(snapshot_download(location, revision=revision, allow_patterns=patterns)))
 
 
-def _read_json(source: Folder | Hub, file: str, files: dict[str, int]) -> dict:
+def read_json(source: Folder | Hub, file: str, files: dict[str, int]) -> dict:
     if file not in files:
         raise CheckpointError(f"{source.label} has no {file}; it is not a checkpoint, or its download is incomplete")
     if files[file] > MAX_JSON_BYTES:
@@ -131,8 +131,8 @@ def read_index(index: dict, files: dict[str, int]) -> dict[str, str]:
 def read_checkpoint(source: Folder | Hub) -> Checkpoint:
     """Config, index and all headers of `source`, checked against each other; no tensor data is read."""
     files = source.files()
-    config = _read_json(source, CONFIG, files)
-    weight_map = read_index(_read_json(source, INDEX, files), files) if INDEX in files else None
+    config = read_json(source, CONFIG, files)
+    weight_map = read_index(read_json(source, INDEX, files), files) if INDEX in files else None
     shards = sorted(set(weight_map.values()) if weight_map else (f for f in files if f.endswith(".safetensors")))
     if not shards:
         raise CheckpointError(f"{source.label} holds no .safetensors file")
