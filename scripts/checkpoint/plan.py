@@ -187,5 +187,8 @@ def main(arguments: list[str]) -> int:
         f"vLLM will report about {verdict['kv_tokens'] // parallel.dp:,} tokens of KV cache ({verdict['kv_blocks']:,} blocks)"
     )
     print(f"--max-model-len auto would settle on {automatic:,}")
+    if budget.request.max_model_len < request.max_model_len:
+        advice = _advice(config, contents, gpu, parallel, request)
+        print(f"the model's full {request.max_model_len:,} tokens do not fit so; {advice}")
     print(f"\n{verdict['flags']}")
     return 0
