@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from cutedsl_nvfp4.format import AMAX_PER_GLOBAL_SCALE, E2M1_MAX, E4M3_MAX, E2M1_VALUES, GROUP_SIZE, encode_e2m1
 
-from .dialects import FP8_BLOCK, Linear
+from .dialects import FP8_BLOCK, MXFP4_BLOCK, Linear
 from .headers import CheckpointError
 
 CHUNK_ELEMENTS = 1 << 17  # 512 KB of f32
@@ -149,6 +149,13 @@ def dequantize_chunk(codes: torch.Tensor, block_scales: torch.Tensor, scale: tor
     table = torch.tensor(E2M1_VALUES, device=codes.device)
     values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(-1, (-1, GROUP_SIZE))
     return (values * (block_scales.view(torch.float8_e4m3fn).float() * scale).unsqueeze(-1)).flatten(-2)
+
+
+def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """uint8 [R, K/2], e8m0 bytes [R, K/32] -> f32 [R, K]."""
+    table = torch.tensor(E2M1_VALUES, device=codes.device)
+    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(-1, (-1, MXFP4_BLOCK))
+    return (values * _power_of_two(exponents).unsqueeze(-1)).flatten(-2)
 
 
 # --- MXFP4 -> NVFP4: the codes stay, every block of 32 becomes two groups of 16 with the same scale ---
