@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from cutedsl_nvfp4.format import encode_e2m1, pack_codes
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-FP8_LINEARS = ("attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b", "attn.indexer.wq_b", "shared_experts")
+FP8_LINEARS = (
+    "attn.wq_a",
+    "attn.wkv",
+    "attn.wq_b",
+    "attn.wo_a",
+    "attn.wo_b",
+    "attn.indexer.wq_b",
+    "shared_experts",
+)
 
 
 def demo_values() -> dict[str, torch.Tensor]:
@@ -33,7 +41,9 @@ def fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     amax = padded.view(rows, 128, columns, 128).abs().amax((1, 3)).clamp(min=2.0**-60)
     exponent = torch.ceil(torch.log2(amax / 448))
     scale = (2.0**exponent).repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
-    return (weight / scale).to(torch.float8_e4m3fn), (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return (weight / scale).to(torch.float8_e4m3fn), (exponent + 127).to(torch.uint8).view(
+        torch.float8_e8m0fnu
+    )
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,5 +97,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], contents: dict, shards
         part = ordered[shard::shards]
         save_file({name: tensors[name].contiguous() for name in part}, folder / file)
         weight_map.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder

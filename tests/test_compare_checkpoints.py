@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import small_checkpoints as small
 import torch
-from checkpoint.compare import compare, main
 from recipe import export
 from server import DEMO
+
+from checkpoint.compare import compare, main
 
 WORST = "layers.1.attn.wo_b"
 
@@ -22,7 +23,9 @@ def values() -> dict:
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory, values) -> Path:
-    return small.write(tmp_path_factory.mktemp("bf16") / "src", small.native_dtypes(values), small.config(None))
+    return small.write(
+        tmp_path_factory.mktemp("bf16") / "src", small.native_dtypes(values), small.config(None)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,9 @@ def test_native_formats_are_read(tmp_path, bf16, values):
     found, notes = compare(bf16, native, set())
     by_name = {row.name: row for row in found}
     assert notes == []
-    assert by_name["layers.1.attn.wq_a"].formats == ("bf16", "fp8") and by_name["layers.1.attn.wq_a"].snr_db > 28
+    assert (
+        by_name["layers.1.attn.wq_a"].formats == ("bf16", "fp8") and by_name["layers.1.attn.wq_a"].snr_db > 28
+    )
     expert = by_name["layers.1.ffn.experts.3.w1"]
     assert expert.formats == ("bf16", "mxfp4") and 12 < expert.snr_db < 40
     assert by_name["norm.weight"].snr_db is None

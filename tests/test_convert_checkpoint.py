@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import small_checkpoints as small
 import torch
-from checkpoint.convert import convert
-from checkpoint.conversion import Options
-from checkpoint.headers import CheckpointError
 from recipe import export
 from safetensors.torch import load_file
 from server import ROOT, Server
 
+from checkpoint.conversion import Options
+from checkpoint.convert import convert
+from checkpoint.headers import CheckpointError
 from cutedsl_nvfp4 import reference
 
 SMALL_SHARDS = 1_000_000
@@ -45,7 +45,9 @@ def digest(folder: Path) -> dict[str, str]:
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], names=None) -> None:
     for name in names or theirs:
         assert ours[name].dtype == theirs[name].dtype, name
-        assert torch.equal(ours[name].flatten().view(torch.uint8), theirs[name].flatten().view(torch.uint8)), name
+        assert torch.equal(
+            ours[name].flatten().view(torch.uint8), theirs[name].flatten().view(torch.uint8)
+        ), name
 
 
 def value(tensors: dict[str, torch.Tensor], linear: str) -> torch.Tensor:
@@ -72,7 +74,9 @@ def layer_one(values) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory, values) -> Path:
-    return small.write(tmp_path_factory.mktemp("bf16") / "src", small.native_dtypes(values), small.config(None))
+    return small.write(
+        tmp_path_factory.mktemp("bf16") / "src", small.native_dtypes(values), small.config(None)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +141,9 @@ def test_native_experts_are_relabelled_without_loss(native, from_native, layer_o
     for linear in (name.removesuffix(".weight") for name in layer_one if ".ffn.experts." in name):
         assert torch.equal(ours[f"{linear}.weight"].view(torch.int8), theirs[f"{linear}.weight"])
         exponent = theirs[f"{linear}.scale"].view(torch.uint8).double() - 127
-        nibbles = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+        nibbles = torch.tensor(
+            [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64
+        )
         codes = theirs[f"{linear}.weight"].view(torch.uint8)
         exact = nibbles[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).int()]
         exact *= (2.0**exponent).repeat_interleave(32, -1)
@@ -216,7 +222,13 @@ def test_hf_names_become_native(stacked, layer_one, tmp_path):
         convert(tmp_path / source, tmp_path / f"{source}-dst", Options())
     assert_same(read(tmp_path / "hf-dst"), read(tmp_path / "native-dst"))
     ours, theirs = (json.loads((tmp_path / f"{s}-dst/config.json").read_text()) for s in ("hf", "native"))
-    for key in ("compress_ratios", "num_hash_layers", "qk_rope_head_dim", "rope_theta", "compress_rope_theta"):
+    for key in (
+        "compress_ratios",
+        "num_hash_layers",
+        "qk_rope_head_dim",
+        "rope_theta",
+        "compress_rope_theta",
+    ):
         assert ours[key] == theirs[key], key
     scaling = ("type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
     assert [ours["rope_scaling"][key] for key in scaling] == [theirs["rope_scaling"][key] for key in scaling]
@@ -228,7 +240,10 @@ def test_nvfp4_experts_are_kept(divisors, layer_one, demo, tmp_path):
     tensors = small.native(layer_one)
     for linear in [name.removesuffix(".weight") for name in layer_one if ".ffn.experts." in name]:
         del tensors[f"{linear}.scale"], tensors[f"{linear}.weight"]
-        leaves = {leaf: demo[f"{linear}.{leaf}"] for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")}
+        leaves = {
+            leaf: demo[f"{linear}.{leaf}"]
+            for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale")
+        }
         if divisors:
             leaves = {
                 "weight_packed": leaves["weight"],
@@ -237,7 +252,9 @@ def test_nvfp4_experts_are_kept(divisors, layer_one, demo, tmp_path):
                 "input_global_scale": (1 / leaves["input_scale"]).view(1),
             }
         tensors.update({f"{linear}.{leaf}": tensor for leaf, tensor in leaves.items()})
-    small.write(tmp_path / "src", tensors, small.config({**small.NATIVE_QUANTIZATION, "moe_quant_algo": "NVFP4"}))
+    small.write(
+        tmp_path / "src", tensors, small.config({**small.NATIVE_QUANTIZATION, "moe_quant_algo": "NVFP4"})
+    )
     convert(tmp_path / "src", tmp_path / "dst", Options())
     ours = read(tmp_path / "dst")
     for name in (name for name in demo if re.match(r"layers\.1\.ffn\.experts\.[0-3]\.", name)):
@@ -299,7 +316,9 @@ def test_mxfp4_beside_nvfp4_is_refused(native, tmp_path):
 def test_workers_write_what_one_process_writes(bf16, from_bf16, tmp_path):
     command = [sys.executable, str(ROOT / "scripts/convert_checkpoint"), str(bf16), str(tmp_path / "dst")]
     run = subprocess.run(
-        [*command, "--jobs", "2", "--device", "cpu", "--shard-gb", str(SMALL_SHARDS / 1e9)], capture_output=True, text=True
+        [*command, "--jobs", "2", "--device", "cpu", "--shard-gb", str(SMALL_SHARDS / 1e9)],
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     assert digest(tmp_path / "dst") == digest(from_bf16)
@@ -316,8 +335,14 @@ def _convert_and_tell(source: Path, destination: Path, begun) -> None:
 
 def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
     """kill -9 at random moments; whoever starts it again gets, bit for bit, what an undisturbed run writes."""
-    few = {name: value for name, value in layer_one.items() if not re.search(r"embed|head|hc_|indexer\.wq_b", name)}
-    source = small.write(tmp_path / "src", small.native(few), small.config(small.NATIVE_QUANTIZATION), shards=2)
+    few = {
+        name: value
+        for name, value in layer_one.items()
+        if not re.search(r"embed|head|hc_|indexer\.wq_b", name)
+    }
+    source = small.write(
+        tmp_path / "src", small.native(few), small.config(small.NATIVE_QUANTIZATION), shards=2
+    )
     started = time.monotonic()
     convert(source, tmp_path / "undisturbed", Options(shard_bytes=40_000))
     longest = time.monotonic() - started
@@ -356,7 +381,9 @@ def test_destination_is_no_checkpoint_before_the_end(native, tmp_path, monkeypat
     monkeypatch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
         convert(native, tmp_path / "dst", Options())
-    assert not {"config.json", "model.safetensors.index.json"} & {path.name for path in (tmp_path / "dst").iterdir()}
+    assert not {"config.json", "model.safetensors.index.json"} & {
+        path.name for path in (tmp_path / "dst").iterdir()
+    }
 
 
 def test_finished_shards_are_not_written_again(native, tmp_path, monkeypatch):
@@ -406,5 +433,7 @@ def test_damaged_weight_is_refused_by_name(layer_one, tmp_path):
 @pytest.mark.serving
 def test_converted_demo_says_the_same(from_bf16, tmp_path):
     with Server(from_bf16, tmp_path / "server.log") as server:
-        report = server.smoke_test("--only", "demo_text", "--only", "garbage", "--only", "kernels", "--require-ours")
+        report = server.smoke_test(
+            "--only", "demo_text", "--only", "garbage", "--only", "kernels", "--require-ours"
+        )
     assert report["status"] == 0, report["checks"]

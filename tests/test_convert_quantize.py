@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
+
 from checkpoint import quantize
 from checkpoint.dialects import Linear
 from checkpoint.headers import CheckpointError, Tensor
-from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
-
 from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.format import E2M1_VALUES, GROUP_SIZE
 
@@ -28,7 +28,9 @@ def with_awkward_groups(x: torch.Tensor) -> torch.Tensor:
     x[1, :16] = -0.0
     x[2, :16] *= 1e-6  # its scale underflows to zero, or to a subnormal
     x[3, :16] *= 1e-4
-    x[4, :16] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, 6])
+    x[4, :16] = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5, 6]
+    )
     return x
 
 
@@ -68,7 +70,9 @@ def test_fp8_with_f32_scales_and_ragged_columns():
 def test_fp8_nan_is_refused(byte):
     weight = torch.zeros(1, 16, dtype=torch.uint8)
     weight[0, 3] = byte
-    rows = quantize.Rows(linear("fp8", 1, 16), weight.view(torch.float8_e4m3fn), torch.tensor([[127]], dtype=torch.uint8))
+    rows = quantize.Rows(
+        linear("fp8", 1, 16), weight.view(torch.float8_e4m3fn), torch.tensor([[127]], dtype=torch.uint8)
+    )
     with pytest.raises(CheckpointError, match=r"attn\.wq_b holds NaN"):
         rows.amax()
 
@@ -92,7 +96,9 @@ def test_round_trip_error_is_the_quantizers_own():
     x = heavy_tailed(64, 512, seed=3)
     scale = quantize.global_scale(x.abs().max().item())
     codes, scales = quantize.quantize_chunk(x, scale, False)
-    decoded = dequantize_to_dtype(codes, scales.view(torch.float8_e4m3fn), scale, torch.float32, swizzle=False)
+    decoded = dequantize_to_dtype(
+        codes, scales.view(torch.float8_e4m3fn), scale, torch.float32, swizzle=False
+    )
     step = (scales.view(torch.float8_e4m3fn).float() * scale).repeat_interleave(GROUP_SIZE, 1)
     distances = (x.unsqueeze(-1) - torch.tensor(E2M1_VALUES) * step.unsqueeze(-1)).abs().amin(-1)
     torch.testing.assert_close((decoded - x).abs(), distances, rtol=1e-4, atol=1e-6)
@@ -131,7 +137,9 @@ def relabelled(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tens
 
 
 def random_codes(rows: int, k: int) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (rows, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.mark.parametrize("lowest", [105, 60, 1, 220])

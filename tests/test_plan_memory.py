@@ -8,13 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoint import caches, model
-from checkpoint.budget import Request, budget_of, largest_that_auto_takes, longest_context
-from checkpoint.dialects import read_contents
-from checkpoint.folder import Folder, read_checkpoint
-from checkpoint.gpus import GPUS, parse_gpus
-from checkpoint.headers import CheckpointError
-from checkpoint.plan import load_model, main
 from server import DEMO, ROOT
 from vllm.models.deepseek_v4.attention import DeepseekV4Attention, DeepseekV4IndexerCache
 from vllm.models.deepseek_v4.compressor import CompressorStateCache
@@ -22,6 +15,14 @@ from vllm.v1.attention.backends.mla.sparse_swa import DeepseekV4SWACache
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.block_table import get_block_table_width
+
+from checkpoint import caches, model
+from checkpoint.budget import Request, budget_of, largest_that_auto_takes, longest_context
+from checkpoint.dialects import read_contents
+from checkpoint.folder import Folder, read_checkpoint
+from checkpoint.gpus import GPUS, parse_gpus
+from checkpoint.headers import CheckpointError
+from checkpoint.plan import load_model, main
 
 PRO, FLASH = model.KNOWN["pro"], model.KNOWN["flash"]
 H200 = GPUS["H200"]
@@ -50,7 +51,7 @@ CONFIGS = {
 def vllm_specs(config: dict, fp4: bool = False) -> dict:
     """What vLLM's layers return as their cache specs, in the order in which they are registered."""
     settings = SimpleNamespace(cache_config=SimpleNamespace(block_size=256, cache_dtype="fp8_ds_mla"))
-    common = dict(cache_config=settings.cache_config, kv_cache_dtype="fp8_ds_mla", head_dim=512)
+    common = {"cache_config": settings.cache_config, "kv_cache_dtype": "fp8_ds_mla", "head_dim": 512}
 
     def spec(layer: type, **attributes: object):
         return layer.get_kv_cache_spec(SimpleNamespace(**{**common, **attributes}), settings)
@@ -64,9 +65,15 @@ def vllm_specs(config: dict, fp4: bool = False) -> dict:
         )  # fmt: skip
         if ratio > 1:
             overlap = 2 if ratio == 4 else 1
-            state = dict(block_size=4 if ratio == 4 else 8, dtype=torch.float32, sliding_window=overlap * ratio)
+            state = {
+                "block_size": 4 if ratio == 4 else 8,
+                "dtype": torch.float32,
+                "sliding_window": overlap * ratio,
+            }
             specs[prefix] = spec(DeepseekV4Attention, compress_ratio=ratio)
-            specs[f"{prefix}.compressor.state_cache"] = spec(CompressorStateCache, state_dim=2 * overlap * 512, **state)
+            specs[f"{prefix}.compressor.state_cache"] = spec(
+                CompressorStateCache, state_dim=2 * overlap * 512, **state
+            )
         if ratio == 4:
             width = 68 if fp4 else 132
             specs[f"{prefix}.indexer.k_cache"] = spec(
@@ -80,7 +87,9 @@ def vllm_specs(config: dict, fp4: bool = False) -> dict:
 
 def vllm_config(length: int, in_flight: int) -> SimpleNamespace:
     return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=length, hf_config=SimpleNamespace(model_type="deepseek_v4")),
+        model_config=SimpleNamespace(
+            max_model_len=length, hf_config=SimpleNamespace(model_type="deepseek_v4")
+        ),
         cache_config=SimpleNamespace(
             get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC,
             num_gpu_blocks_override=None,
@@ -102,7 +111,8 @@ def test_blocks_are_vllms(config, length, in_flight, fp4):
     groups = kv_cache_utils.get_kv_cache_groups(settings, vllm_specs(config, fp4))
     pool = caches.pool_of(config, fp4)
     assert sorted(group.page for group in pool.groups) == sorted(
-        group.kv_cache_spec.page_size_bytes * (1 if hasattr(group.kv_cache_spec, "kv_cache_specs") else len(group.layer_names))
+        group.kv_cache_spec.page_size_bytes
+        * (1 if hasattr(group.kv_cache_spec, "kv_cache_specs") else len(group.layer_names))
         for group in groups
     )
     assert pool.block_bytes == kv_cache_utils._pool_bytes_per_block(settings, groups)
@@ -196,7 +206,10 @@ def test_longest_context_is_the_longest():
     request = Request(1048576, 8192, 1024, 0.9)
     longest = longest_context(PRO, None, H200, model.Parallel(8), request)
     assert 500_000 < longest < 1048576
-    budgets = [budget_of(PRO, None, H200, model.Parallel(8), replace(request, max_model_len=n)) for n in (longest, longest + 1)]
+    budgets = [
+        budget_of(PRO, None, H200, model.Parallel(8), replace(request, max_model_len=n))
+        for n in (longest, longest + 1)
+    ]
     assert budgets[0].fits and budgets[0].shortfall == 0
     assert not budgets[1].fits and budgets[1].shortfall > 0
 
@@ -256,11 +269,14 @@ def test_config_alone_is_enough(tmp_path):
     assert "config only" in name and contents is None and config["hidden_size"] == 256
 
 
-@pytest.mark.parametrize("script", [["plan_memory", "demo", "H100"], ["inspect_checkpoint", "demo"]], ids=lambda s: s[0])
+@pytest.mark.parametrize(
+    "script", [["plan_memory", "demo", "H100"], ["inspect_checkpoint", "demo"]], ids=lambda s: s[0]
+)
 def test_scripts_need_nothing_but_python(script):
     """-S -I: no site-packages, so neither torch nor anything else that is not Python's own."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import runpy; sys.argv = {script!r}; " + (
-        f"runpy.run_path({str(ROOT / 'scripts' / script[0])!r}, run_name='__main__')"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import runpy; sys.argv = {script!r}; "
+        + (f"runpy.run_path({str(ROOT / 'scripts' / script[0])!r}, run_name='__main__')")
     )
     run = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

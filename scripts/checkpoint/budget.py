@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .caches import Pool, pool_of
+from .caches import Pool, ceil_div, pool_of
+from .dialects import Contents
 from .gpus import GIB, Gpu
 from .headers import CheckpointError
 from .model import Parallel, weight_bytes
-from .dialects import Contents
 
 MIB = 2**20
 PREFILL_CHUNK = 4  # models/deepseek_v4/attention.py:156
@@ -77,13 +77,18 @@ class Budget:
 
     @property
     def fits(self) -> bool:
-        return self.pool.fits(self.kv_bytes, self.request.max_model_len, self.request.in_flight) and self.slack >= 0
+        return (
+            self.pool.fits(self.kv_bytes, self.request.max_model_len, self.request.in_flight)
+            and self.slack >= 0
+        )
 
     @property
     def shortfall(self) -> int:
         """Bytes lacking for one request of max_model_len; 0 if it fits."""
         request = self.request
-        needed = self.pool.block_bytes * (self.pool.request_blocks(request.max_model_len, request.in_flight) + 1)
+        needed = self.pool.block_bytes * (
+            self.pool.request_blocks(request.max_model_len, request.in_flight) + 1
+        )
         return max(0, needed - self.kv_bytes, -self.slack)
 
 
@@ -96,8 +101,8 @@ def _workspace(config: dict, request: Request) -> int:
     ratios = {max(1, ratio) for ratio in config["compress_ratios"][: config["num_hidden_layers"]]}
     length, tokens = request.max_model_len, request.batched_tokens
     finest = min((ratio for ratio in ratios if ratio > 1), default=0)
-    rows = (-(-length // finest) if finest else 0) + config["sliding_window"] + tokens
-    top_k = -(-(config["index_topk"] + config["sliding_window"]) // 128) * 128
+    rows = (ceil_div(length, finest) if finest else 0) + config["sliding_window"] + tokens
+    top_k = ceil_div(config["index_topk"] + config["sliding_window"], 128) * 128
     attention = PREFILL_CHUNK * rows * config["head_dim"] * 2 + tokens * (top_k + 1) * 4
     if 4 not in ratios:
         return attention
@@ -110,7 +115,7 @@ def _activations(config: dict, request: Request, parallel: Parallel) -> int:
     """Estimated peak of a profile run of `batched_tokens`: the larger of attention and experts, beside the residual."""
     tokens, hidden = request.batched_tokens, config["hidden_size"]
     residual = 3 * tokens * config["hc_mult"] * hidden * 2  # in, out and the mixed copy
-    heads = max(64, -(-config["num_attention_heads"] // parallel.tp))
+    heads = max(64, ceil_div(config["num_attention_heads"], parallel.tp))
     attention = 3 * tokens * heads * config["head_dim"] * 2
     inter = config["moe_intermediate_size"] // (1 if parallel.expert_parallel else parallel.tp)
     experts = tokens * parallel.dp * config["num_experts_per_tok"] * (3 * inter + hidden) * 2
@@ -118,13 +123,19 @@ def _activations(config: dict, request: Request, parallel: Parallel) -> int:
     return residual + max(attention, experts, logits)
 
 
-def budget_of(config: dict, contents: Contents | None, gpu: Gpu, parallel: Parallel, request: Request) -> Budget:
+def budget_of(
+    config: dict, contents: Contents | None, gpu: Gpu, parallel: Parallel, request: Request
+) -> Budget:
     """Every byte of one GPU."""
     pool = pool_of(config, request.indexer_fp4)
     tokens, length = request.batched_tokens, request.max_model_len
-    managed = [Item(f"weights: {kind}", n) for kind, n in weight_bytes(config, contents, parallel).items() if n]
+    managed = [
+        Item(f"weights: {kind}", n) for kind, n in weight_bytes(config, contents, parallel).items() if n
+    ]
     # two tables (plain and compressed rope), f32 [positions, 64]: rotary_embedding/deepseek_scaling_rope.py:241-262
-    managed.append(Item("rotary tables", 2 * config["max_position_embeddings"] * config["qk_rope_head_dim"] * 4))
+    managed.append(
+        Item("rotary tables", 2 * config["max_position_embeddings"] * config["qk_rope_head_dim"] * 4)
+    )
     managed.append(Item("index buffer", tokens * config["index_topk"] * 4))
     managed.append(Item("attention and indexer workspace", _workspace(config, request)))
     if 4 in config["compress_ratios"]:
@@ -136,10 +147,12 @@ def budget_of(config: dict, contents: Contents | None, gpu: Gpu, parallel: Paral
     managed.append(Item("CUDA graphs", int(ESTIMATED_GRAPHS), True))
     unmanaged = [Item("block tables", pool.table_bytes(length, request.seqs))]
     if 128 in config["compress_ratios"]:
-        width = -(-(-(-length // 128)) // C128_ALIGNMENT) * C128_ALIGNMENT
-        unmanaged.append(Item("C128 index buffers", 2 * tokens * width * 4))  # models/deepseek_v4/sparse_mla.py:155-183
+        width = ceil_div(ceil_div(length, 128), C128_ALIGNMENT) * C128_ALIGNMENT
+        unmanaged.append(
+            Item("C128 index buffers", 2 * tokens * width * 4)
+        )  # models/deepseek_v4/sparse_mla.py:155-183
     if 4 in config["compress_ratios"]:  # v1/attention/backends/mla/indexer.py:1091-1095
-        unmanaged.append(Item("indexer block table", tokens * -(-length // 256) * 4))
+        unmanaged.append(Item("indexer block table", tokens * ceil_div(length, 256) * 4))
     return Budget(gpu, request, pool, tuple(managed), tuple(unmanaged))
 
 

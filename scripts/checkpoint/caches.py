@@ -29,12 +29,12 @@ SWA_BLOCK = 64
 STATE_BLOCK = {4: 4, 128: 8}
 
 
-def _ceil(value: int, by: int) -> int:
+def ceil_div(value: int, by: int) -> int:
     return -(-value // by)
 
 
 def _padded(nbytes: int) -> int:
-    return _ceil(nbytes, ALIGNMENT) * ALIGNMENT
+    return ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Cache:
     def blocks(self, length: int, in_flight: int) -> int:
         """Blocks a request of `length` tokens takes at most (kv_cache_interface.py:602-607, 862-890)."""
         if self.window is None:
-            return _ceil(length, self.block)
-        return _ceil(min(self.window - 1 + in_flight, length), self.block) + 1
+            return ceil_div(length, self.block)
+        return ceil_div(min(self.window - 1 + in_flight, length), self.block) + 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Group:
         """Entries of its block table per request, in multiples of 128 tokens (v1/worker/block_table.py:29-41)."""
         block = self.caches[0].block
         step = max(1, 128 // block)
-        return _ceil(_ceil(length, block), step) * step
+        return ceil_div(ceil_div(length, block), step) * step
 
 
 def layer_caches(config: dict, indexer_fp4: bool = False) -> list[Cache]:
@@ -113,24 +113,31 @@ def group(caches: list[Cache]) -> list[Group]:
     lowest = max((repeats[key] for key in balanced if len(pages[key]) > 1), default=0)
     per_group = _approximate_gcd([repeats[key] for key in balanced], lowest) if lowest else None
     parts = {
-        key: _ceil(repeats[key], per_group) if key in balanced and per_group is not None else 1 for key in buckets
+        key: ceil_div(repeats[key], per_group) if key in balanced and per_group is not None else 1
+        for key in buckets
     }
     if per_group is None:  # no repeating pattern: window buckets are split down to what a block holds anyway
         windowed = {key for key in buckets if key[1] is not None}
         width = {
-            key: sum(_ceil(n, len(buckets[key]) if key in windowed else 1) * page for page, n in pages[key].items())
+            key: sum(
+                ceil_div(n, len(buckets[key]) if key in windowed else 1) * page
+                for page, n in pages[key].items()
+            )
             for key in buckets
         }
         block = max(width.values())
         for key in windowed:
             fit = max(block // buckets[key][0].page, 1)
-            parts[key] = max(parts[key], _ceil(len(buckets[key]), fit))
+            parts[key] = max(parts[key], ceil_div(len(buckets[key]), fit))
     groups = []
     for key, bucket in buckets.items():
         if parts[key] == 1:
             groups.append(Group(tuple(bucket)))
             continue
-        by_page = [[cache for cache in bucket if cache.page == page] for page in dict.fromkeys(c.page for c in bucket)]
+        by_page = [
+            [cache for cache in bucket if cache.page == page]
+            for page in dict.fromkeys(c.page for c in bucket)
+        ]
         pattern = list(zip(*by_page))
         for part in range(parts[key]):
             groups.append(Group(tuple(cache for repeat in pattern[part :: parts[key]] for cache in repeat)))

@@ -128,7 +128,9 @@ def _matched(a: Contents, b: Contents, only: set[str]) -> tuple[list, list[str]]
             if only and kind_of(name) not in only:
                 continue
             if _shape(ours[name]) != _shape(theirs[name]):
-                notes.append(f"{name} is {list(_shape(ours[name]))} in A and {list(_shape(theirs[name]))} in B")
+                notes.append(
+                    f"{name} is {list(_shape(ours[name]))} in A and {list(_shape(theirs[name]))} in B"
+                )
                 continue
             work.append((name, kind_of(name), ours[name], theirs[name]))
     return work, notes
@@ -182,7 +184,9 @@ def _db(value: float | None) -> str:
 def print_table(found: list[Difference], notes: list[str], shown: int) -> None:
     print(f"{'kind':12} {'tensors':>8} {'equal':>8} {'median dB':>10} {'worst dB':>9}")
     for kind, row in by_kind(found).items():
-        print(f"{kind:12} {row['tensors']:8} {row['equal']:8} {_db(row['median_db']):>10} {_db(row['worst_db']):>9}")
+        print(
+            f"{kind:12} {row['tensors']:8} {row['equal']:8} {_db(row['median_db']):>10} {_db(row['worst_db']):>9}"
+        )
     unequal = [difference for difference in found if difference.snr_db is not None]
     if unequal:
         print(f"\n{'SNR dB':>8} {'largest':>10} {'cosine':>9}  tensor (A's format -> B's), worst first")
@@ -224,16 +228,21 @@ def draw(found: list[Difference], path: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Exit status 0: compared; 1: they could not be, or, with --at-least, a tensor is noisier than that."""
     parser = argparse.ArgumentParser(
-        prog="compare_checkpoints", description="Signal to noise of B's weights against A's, worst tensor first."
+        prog="compare_checkpoints",
+        description="Signal to noise of B's weights against A's, worst tensor first.",
     )
     parser.add_argument("a", metavar="A", help="the original: a folder, or the id of a model on the hub")
     parser.add_argument("b", metavar="B", help="what is compared with it")
-    parser.add_argument("--only", default="", metavar="KINDS", help=f"some of {','.join((*names.KINDS, 'rest', 'mtp'))}")
+    parser.add_argument(
+        "--only", default="", metavar="KINDS", help=f"some of {','.join((*names.KINDS, 'rest', 'mtp'))}"
+    )
     parser.add_argument("--show", type=int, default=SHOWN, help="tensors in the table (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw it; needs matplotlib")
     parser.add_argument("--at-least", type=float, metavar="DB", help="fail if a tensor is below this")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     only = set(filter(None, args.only.split(",")))
     try:

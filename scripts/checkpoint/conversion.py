@@ -97,7 +97,8 @@ def _action(linear: Linear, options: Options, keeps_fp8: bool) -> str:
     if linear.kind in options.kinds:
         if linear.k % GROUP_SIZE:
             raise CheckpointError(
-                f"{linear.name} has K = {linear.k}, not a multiple of {GROUP_SIZE}; leave {linear.kind} out of --quantize"
+                f"{linear.name} has K = {linear.k}, not a multiple of {GROUP_SIZE}; "
+                f"leave {linear.kind} out of --quantize"
             )
         return RELABEL if linear.format == "mxfp4" else QUANTIZE
     if linear.format == "mxfp4":
@@ -181,7 +182,9 @@ def plan_conversion(contents: Contents, options: Options) -> Conversion:
         raise CheckpointError("the checkpoint has no linear of DeepSeek-V4; nothing to convert")
     unknown = set(options.kinds) - set(names.KINDS)
     if unknown or not options.kinds:
-        raise CheckpointError(f"--quantize takes some of {', '.join(names.KINDS)}; got {', '.join(sorted(unknown)) or 'none'}")
+        raise CheckpointError(
+            f"--quantize takes some of {', '.join(names.KINDS)}; got {', '.join(sorted(unknown)) or 'none'}"
+        )
     others = [linear for linear in contents.linears.values() if linear.kind != "experts"]
     keeps_fp8 = (
         set(options.kinds) == {"experts"}
@@ -231,7 +234,11 @@ def conversion_key(conversion: Conversion, options: Options, source_files: dict[
     for shard in conversion.shards:
         digest.update(shard.file.encode() + shard.header)
         for job in shard.jobs:
-            parts = [job.copied] if job.copied else [p for m in job.linears for p in (m.weight, m.scale, m.global_scale)]
+            parts = (
+                [job.copied]
+                if job.copied
+                else [p for m in job.linears for p in (m.weight, m.scale, m.global_scale)]
+            )
             places = [(part.file, part.offset, part.nbytes) for part in parts if part is not None]
             digest.update(json.dumps([job.action, places]).encode())
     return digest.hexdigest()

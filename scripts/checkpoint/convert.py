@@ -56,23 +56,25 @@ class Progress:
         print(("\r\033[K" if sys.stderr.isatty() else "") + line, end=end, file=sys.stderr, flush=True)
 
 
-_counter = None  # in a worker process: the shared count of source bytes
+class _Worker:
+    """A worker process's share of the progress: the count of source bytes that all of them add to."""
 
+    counter = None
 
-def _start_worker(counter) -> None:
-    global _counter
-    _counter = counter
-    torch.set_num_threads(1)
+    @classmethod
+    def start(cls, counter) -> None:
+        cls.counter = counter
+        torch.set_num_threads(1)
 
-
-def _count_bytes(count: int) -> None:
-    with _counter.get_lock():
-        _counter.value += count
+    @classmethod
+    def count(cls, nbytes: int) -> None:
+        with cls.counter.get_lock():
+            cls.counter.value += nbytes
 
 
 def _write_shard(shard: Shard, source: Path, destination: Path, search: bool, device: str) -> dict:
     """Run in a worker: write `shard`, return its line of the journal."""
-    writer = ShardWriter(source, destination, search, torch.device(device), _count_bytes)
+    writer = ShardWriter(source, destination, search, torch.device(device), _Worker.count)
     writer.write(shard)
     measured = {kind: asdict(sums) for kind, sums in sorted(writer.measured.items())}
     return {"file": shard.file, "nbytes": shard.nbytes, "measured": measured}
@@ -86,7 +88,9 @@ class Journal:
         self.finished: dict[str, dict] = {}
         if self.path.exists():
             lines = [self._parse(line) for line in self.path.read_bytes().splitlines()]
-            if not lines or lines[0] is None:  # killed while the first line was written: nothing was converted yet
+            if (
+                not lines or lines[0] is None
+            ):  # killed while the first line was written: nothing was converted yet
                 self._append({"key": key}, "wb")
             elif lines[0].get("key") != key:
                 raise CheckpointError(
@@ -146,7 +150,9 @@ def _prepare_destination(destination: Path, source: Path, key: str) -> Journal |
     if RECORD in present and CONFIG in present and JOURNAL not in present:
         if json.loads((destination / RECORD).read_text()).get("key") == key:
             return None
-        raise CheckpointError(f"{destination} holds another finished conversion; choose another folder or delete it")
+        raise CheckpointError(
+            f"{destination} holds another finished conversion; choose another folder or delete it"
+        )
     if present and JOURNAL not in present:
         raise CheckpointError(f"{destination} is not empty and holds no conversion; choose another folder")
     return Journal(destination, key)
@@ -167,18 +173,26 @@ def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, d
 
 
 def _run_shards(
-    conversion: Conversion, journal: Journal, source: Path, destination: Path, options: Options, jobs: int, device: str
+    conversion: Conversion,
+    journal: Journal,
+    source: Path,
+    destination: Path,
+    options: Options,
+    jobs: int,
+    device: str,
 ) -> None:
     pending = [shard for shard in conversion.shards if shard.file not in journal.finished]
     total = sum(job.source_bytes for shard in conversion.shards for job in shard.jobs)
     left = sum(job.source_bytes for shard in pending for job in shard.jobs)
-    context = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads or CUDA may hang
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # a fork of a process with torch's threads or CUDA may hang
     counter = context.Value("q", 0)
     progress = Progress(total, total - left, counter)
     work = (source, destination, options.search, device)
     if jobs == 1 or len(pending) < 2:
         threads = torch.get_num_threads()
-        _start_worker(counter)
+        _Worker.start(counter)
         try:
             for shard in pending:
                 journal.add(_write_shard(shard, *work))
@@ -186,7 +200,7 @@ def _run_shards(
         finally:
             torch.set_num_threads(threads)
     else:
-        with ProcessPoolExecutor(min(jobs, len(pending)), context, _start_worker, (counter,)) as pool:
+        with ProcessPoolExecutor(min(jobs, len(pending)), context, _Worker.start, (counter,)) as pool:
             futures = {pool.submit(_write_shard, shard, *work) for shard in pending}
             try:
                 while futures:
@@ -225,7 +239,9 @@ def _record(conversion: Conversion, journal: Journal, options: Options, key: str
     return {"key": key, "options": asdict(options), "nvfp4": sorted(conversion.nvfp4), "converted": errors}
 
 
-def _finish(checkpoint: Checkpoint, conversion: Conversion, journal: Journal, destination: Path, record: dict) -> None:
+def _finish(
+    checkpoint: Checkpoint, conversion: Conversion, journal: Journal, destination: Path, record: dict
+) -> None:
     """Copy the other files, then write what makes the folder a checkpoint: index, and config.json last of all."""
     source = checkpoint.source.path
     for file in sorted(checkpoint.files):
@@ -236,7 +252,9 @@ def _finish(checkpoint: Checkpoint, conversion: Conversion, journal: Journal, de
         partial.rename(destination / file)
     if (source / "encoding").is_dir():
         shutil.copytree(source / "encoding", destination / "encoding", dirs_exist_ok=True)
-    outputs = [(output, shard.file) for shard in conversion.shards for job in shard.jobs for output in job.outputs]
+    outputs = [
+        (output, shard.file) for shard in conversion.shards for job in shard.jobs for output in job.outputs
+    ]
     index = {
         "metadata": {"total_size": sum(output.nbytes for output, _ in outputs)},
         "weight_map": {output.name: file for output, file in outputs},
@@ -285,24 +303,38 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint", description="Write an all-NVFP4 DeepSeek-V4 checkpoint; see docs/convert.md."
+        prog="convert_checkpoint",
+        description="Write an all-NVFP4 DeepSeek-V4 checkpoint; see docs/convert.md.",
     )
     parser.add_argument("source", metavar="SRC", help="folder, or id of a model on the hub")
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; begun conversions resume")
+    parser.add_argument(
+        "destination", metavar="DST", type=Path, help="folder to write; begun conversions resume"
+    )
     parser.add_argument("--revision", help="of the hub's repository")
     parser.add_argument(
-        "--quantize", default=",".join(names.KINDS), metavar="KINDS", help="what becomes NVFP4 (default: %(default)s)"
+        "--quantize",
+        default=",".join(names.KINDS),
+        metavar="KINDS",
+        help="what becomes NVFP4 (default: %(default)s)",
     )
     parser.add_argument(
-        "--search-scales", action="store_true", help="choose each block scale for least squared error, not from amax"
+        "--search-scales",
+        action="store_true",
+        help="choose each block scale for least squared error, not from amax",
     )
     parser.add_argument(
         "--own-global-scales", action="store_true",
         help="one weight_scale_2 per linear even where vLLM fuses two; our image serves that, other engines do not",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (default): cuda where there is one")
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="size of output files (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, or auto (default): cuda where there is one"
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=4.0, help="size of output files (default: %(default)s)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -310,7 +342,9 @@ def _report(record: dict) -> None:
     print("NVFP4: " + ", ".join(record["nvfp4"]))
     for kind, row in record["converted"].items():
         if row["snr_db"] is not None:
-            print(f"  {kind}: {row['linears']} linears quantized, signal to noise {row['snr_db']} dB (sampled)")
+            print(
+                f"  {kind}: {row['linears']} linears quantized, signal to noise {row['snr_db']} dB (sampled)"
+            )
         elif row["mxfp4_codes_rounded"]:
             print(
                 f"  {kind}: {row['linears']} linears re-labelled from MXFP4; {row['mxfp4_codes_rounded']} values lay "
@@ -326,7 +360,9 @@ def main(arguments: list[str]) -> int:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     kinds = set(filter(None, args.quantize.split(",")))
     if unknown := kinds - set(names.KINDS):
-        print(f"--quantize: {', '.join(sorted(unknown))} is none of {', '.join(names.KINDS)}", file=sys.stderr)
+        print(
+            f"--quantize: {', '.join(sorted(unknown))} is none of {', '.join(names.KINDS)}", file=sys.stderr
+        )
         return 1
     options = Options(
         kinds=tuple(kind for kind in names.KINDS if kind in kinds),

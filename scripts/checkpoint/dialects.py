@@ -68,16 +68,22 @@ def _linear(name: str, leaves: dict[str, Tensor]) -> Linear:
     divisors = "weight_packed" in leaves
     weight = leaves.pop("weight_packed", None) or leaves.pop("weight", None)
     if weight is None:
-        raise CheckpointError(f"{name} has {', '.join(sorted(leaves))} but no weight; the export is incomplete")
+        raise CheckpointError(
+            f"{name} has {', '.join(sorted(leaves))} but no weight; the export is incomplete"
+        )
     if len(weight.shape) != 2:
         raise CheckpointError(f"{name}.weight has shape {list(weight.shape)}; a linear's has two dimensions")
     n, stored = weight.shape
-    scale = next((leaves.pop(leaf) for leaf in ("scale", "weight_scale", "weight_scale_inv") if leaf in leaves), None)
+    scale = next(
+        (leaves.pop(leaf) for leaf in ("scale", "weight_scale", "weight_scale_inv") if leaf in leaves), None
+    )
     suffix = ("global_scale", "input_global_scale") if divisors else ("scale_2", "input_scale")
     global_scale = _scalar(leaves.pop(f"weight_{suffix[0]}", None), f"{name}.weight_{suffix[0]}")
     input_scale = _scalar(leaves.pop(suffix[1], None), f"{name}.{suffix[1]}")
     if leaves:
-        raise CheckpointError(f"{name} has unexpected {', '.join(sorted(leaves))} beside {weight.dtype} weights")
+        raise CheckpointError(
+            f"{name} has unexpected {', '.join(sorted(leaves))} beside {weight.dtype} weights"
+        )
     found = Linear(name, kind, "", n, stored, weight, scale, global_scale, input_scale, divisors)
     if weight.dtype in WIDE:
         if scale or global_scale or input_scale:
@@ -90,7 +96,9 @@ def _linear(name: str, leaves: dict[str, Tensor]) -> Linear:
         _expect(scale, f"{name}'s scale", blocks, ("F8_E8M0", "F32", "BF16"))
         return replace(found, format="fp8")
     if weight.dtype not in PACKED_DTYPES:
-        raise CheckpointError(f"{name} is {weight.dtype}; known are BF16, F16, F32, FP8 blocks, MXFP4 and NVFP4")
+        raise CheckpointError(
+            f"{name} is {weight.dtype}; known are BF16, F16, F32, FP8 blocks, MXFP4 and NVFP4"
+        )
     k = 2 * stored
     if global_scale is None:
         _expect(scale, f"{name}'s scale", (n, k // MXFP4_BLOCK), ("F8_E8M0", "U8"))

@@ -82,7 +82,9 @@ def find_source(location: str, revision: str | None = None) -> Folder | Hub:
     if os.path.isdir(location):
         return Folder(Path(location))
     if os.path.exists(location) or not _HUB_ID.fullmatch(location):
-        raise CheckpointError(f"{location!r} is neither a folder nor the id of a model on the hub (owner/name)")
+        raise CheckpointError(
+            f"{location!r} is neither a folder nor the id of a model on the hub (owner/name)"
+        )
     return Hub(location, revision)
 
 
@@ -98,7 +100,9 @@ def download(location: str, revision: str | None = None) -> Folder:
 
 def read_json(source: Folder | Hub, file: str, files: dict[str, int]) -> dict:
     if file not in files:
-        raise CheckpointError(f"{source.label} has no {file}; it is not a checkpoint, or its download is incomplete")
+        raise CheckpointError(
+            f"{source.label} has no {file}; it is not a checkpoint, or its download is incomplete"
+        )
     if files[file] > MAX_JSON_BYTES:
         raise CheckpointError(f"{file} has {files[file]} bytes, more than {MAX_JSON_BYTES}")
     with source.open(file) as handle:
@@ -133,7 +137,9 @@ def read_checkpoint(source: Folder | Hub) -> Checkpoint:
     files = source.files()
     config = read_json(source, CONFIG, files)
     weight_map = read_index(read_json(source, INDEX, files), files) if INDEX in files else None
-    shards = sorted(set(weight_map.values()) if weight_map else (f for f in files if f.endswith(".safetensors")))
+    shards = sorted(
+        set(weight_map.values()) if weight_map else (f for f in files if f.endswith(".safetensors"))
+    )
     if not shards:
         raise CheckpointError(f"{source.label} holds no .safetensors file")
     tensors: dict[str, Tensor] = {}

@@ -14,7 +14,14 @@ from .folder import Checkpoint, find_source, read_checkpoint
 from .headers import CheckpointError
 
 OTHER = ("embeddings", "norms and rest", "mtp")
-DIALECTS = {"nvfp4": "NVFP4", "mxfp4": "MXFP4", "fp8": "FP8 blocks", "bf16": "BF16", "f16": "F16", "f32": "F32"}
+DIALECTS = {
+    "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4",
+    "fp8": "FP8 blocks",
+    "bf16": "BF16",
+    "f16": "F16",
+    "f32": "F32",
+}
 LISTED = 3
 
 
@@ -103,14 +110,20 @@ def _config_problems(config: dict, linears: dict[str, Linear], formats: dict[str
     problems = []
     if "compress_ratios" not in config:
         problems.append(
-            Problem("config.json has no compress_ratios: transformers wrote it", "convert_checkpoint puts them back")
+            Problem(
+                "config.json has no compress_ratios: transformers wrote it",
+                "convert_checkpoint puts them back",
+            )
         )
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", ""))
     nvfp4 = {kind for kind, found in formats.items() if "nvfp4" in found}
     if nvfp4 and not method:
         problems.append(
-            Problem("tensors are NVFP4 and config.json has no quantization_config", "take config.json from the export")
+            Problem(
+                "tensors are NVFP4 and config.json has no quantization_config",
+                "take config.json from the export",
+            )
         )
     if nvfp4 - {"experts"} and method and not method.startswith(("modelopt", "compressed-tensors")):
         problems.append(
@@ -147,27 +160,38 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
         expected = expected_linears(config)
         if missing := sorted(expected - linears.keys(), key=names.natural_order):
             problems.append(
-                Problem(f"{len(missing)} linears are missing: {_list(missing)}", "download or export it again")
+                Problem(
+                    f"{len(missing)} linears are missing: {_list(missing)}", "download or export it again"
+                )
             )
         if extra := sorted(linears.keys() - expected, key=names.natural_order):
             problems.append(
-                Problem(f"{len(extra)} linears fit no layer of config.json: {_list(extra)}", "use the matching config.json")
+                Problem(
+                    f"{len(extra)} linears fit no layer of config.json: {_list(extra)}",
+                    "use the matching config.json",
+                )
             )
-    no_scale = [name for name, linear in linears.items() if linear.format == "nvfp4" and linear.global_scale is None]
+    no_scale = [
+        name for name, linear in linears.items() if linear.format == "nvfp4" and linear.global_scale is None
+    ]
     if no_scale:
         problems.append(Problem(f"NVFP4 without weight_scale_2: {_list(no_scale)}", "export it again"))
     for kind, found in sorted(formats.items()):
         if len(found) > 1 and "nvfp4" in found:
+            others = " and ".join(sorted(DIALECTS[fmt] for fmt in found - {"nvfp4"}))
             problems.append(
                 Problem(
-                    f"{kind}: some linears are NVFP4, others {' and '.join(sorted(DIALECTS[f] for f in found - {'nvfp4'}))}",
+                    f"{kind}: some linears are NVFP4, others {others}",
                     f"list the others under quantization_config.ignore, or convert_checkpoint --quantize …,{kind}",
                 )
             )
     problems += _config_problems(config, linears, formats)
     if contents.copied and any(linear.format == "nvfp4" for linear in linears.values()):
         problems.append(
-            Problem("it has MTP layers", "nothing to do: they are not read; this image refuses --speculative-config")
+            Problem(
+                "it has MTP layers",
+                "nothing to do: they are not read; this image refuses --speculative-config",
+            )
         )
     return problems
 
@@ -181,11 +205,17 @@ def describe_serving(contents: Contents) -> list[str]:
         for fmt in sorted(formats.get(kind, ())):
             kinds_of[fmt].append(kind)
     if "nvfp4" in kinds_of:
-        lines.append(f"{', '.join(kinds_of['nvfp4'])}: NVFP4, through our loader; GET /kernels names each layer's kernel")
+        lines.append(
+            f"{', '.join(kinds_of['nvfp4'])}: NVFP4, through our loader; GET /kernels names each layer's kernel"
+        )
     if "fp8" in kinds_of:
-        lines.append(f"{', '.join(kinds_of['fp8'])}: FP8 blocks, through vLLM's own kernels, untouched by this project")
+        lines.append(
+            f"{', '.join(kinds_of['fp8'])}: FP8 blocks, through vLLM's own kernels, untouched by this project"
+        )
     if "mxfp4" in kinds_of:
-        lines.append(f"{', '.join(kinds_of['mxfp4'])}: MXFP4, through vLLM's own kernels; NVFP4 without loss after conversion")
+        lines.append(
+            f"{', '.join(kinds_of['mxfp4'])}: MXFP4, through vLLM's own kernels; NVFP4 without loss after conversion"
+        )
     wide = [kind for fmt in ("bf16", "f16", "f32") for kind in kinds_of.get(fmt, ())]
     if wide:
         lines.append(f"{', '.join(dict.fromkeys(wide))}: unquantized, through vLLM's own kernels")
@@ -195,7 +225,7 @@ def describe_serving(contents: Contents) -> list[str]:
         lines.append(
             "activations: every NVFP4 layer has an input_scale"
             if not without
-            else f"activations: {without} of {len(quantized)} NVFP4 layers have no input_scale; under W4A4 those are dynamic"
+            else f"activations: {without} of {len(quantized)} NVFP4 layers have no input_scale: dynamic under W4A4"
         )
     return lines
 
@@ -207,7 +237,9 @@ def inspect(location: str, revision: str | None = None) -> Report:
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     problems = find_problems(checkpoint, contents)
     if any("self_attn" in name or ".mlp." in name for name in checkpoint.tensors):
-        problems.append(Problem("tensors have transformers' names", "convert_checkpoint renames them without loss"))
+        problems.append(
+            Problem("tensors have transformers' names", "convert_checkpoint renames them without loss")
+        )
     return Report(source.label, count_bytes(contents), describe_serving(contents), problems)
 
 
@@ -232,11 +264,14 @@ def print_report(report: Report) -> None:
 def main(arguments: list[str]) -> int:
     """Exit status 0: readable; 1: it is not, with the reason on stderr."""
     parser = argparse.ArgumentParser(
-        prog="inspect_checkpoint", description="Formats, bytes and problems of a DeepSeek-V4 checkpoint, from its headers."
+        prog="inspect_checkpoint",
+        description="Formats, bytes and problems of a DeepSeek-V4 checkpoint, from its headers.",
     )
     parser.add_argument("checkpoint", help="folder, or id of a model on the hub")
     parser.add_argument("--revision", help="of the hub's repository")
-    parser.add_argument("--json", metavar="FILE", help="write the report for machines; - prints it instead of the table")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report for machines; - prints it instead of the table"
+    )
     args = parser.parse_args(arguments)
     try:
         report = inspect(args.checkpoint, args.revision)

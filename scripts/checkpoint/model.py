@@ -153,10 +153,14 @@ def check_parallel(config: dict, parallel: Parallel) -> None:
     tp, inter = parallel.tp, config["moe_intermediate_size"]
     for key in ("num_attention_heads", "o_groups"):
         if config[key] % tp:
-            raise CheckpointError(f"{key} = {config[key]} cannot be cut into {tp}; choose --tp among its divisors")
+            raise CheckpointError(
+                f"{key} = {config[key]} cannot be cut into {tp}; choose --tp among its divisors"
+            )
     cut = tp if parallel.expert_parallel else parallel.gpus
     if parallel.expert_parallel and config["n_routed_experts"] % parallel.gpus:
-        raise CheckpointError(f"{config['n_routed_experts']} experts cannot be dealt to {parallel.gpus} GPUs evenly")
+        raise CheckpointError(
+            f"{config['n_routed_experts']} experts cannot be dealt to {parallel.gpus} GPUs evenly"
+        )
     if not parallel.expert_parallel and inter % (cut * 16):
         raise CheckpointError(
             f"moe_intermediate_size = {inter} cut into {cut} is not a multiple of 16, the NVFP4 group; use --ep"

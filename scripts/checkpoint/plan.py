@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .budget import Budget, Request, budget_of, check_request, largest_that_auto_takes, longest_context
 from .dialects import Contents, read_contents
-from .folder import CONFIG, read_json, find_source, read_checkpoint
+from .folder import CONFIG, find_source, read_checkpoint, read_json
 from .gpus import GIB, Gpu, parse_gpus
 from .headers import CheckpointError
 from .model import KNOWN, Parallel, check_parallel, complete
@@ -26,7 +26,11 @@ def load_model(location: str, revision: str | None = None) -> tuple[str, dict, C
     source = find_source(location, revision)
     files = source.files()
     if not any(file.endswith(".safetensors") for file in files):
-        return f"{source.label} (config only: taken as all NVFP4)", complete(read_json(source, CONFIG, files)), None
+        return (
+            f"{source.label} (config only: taken as all NVFP4)",
+            complete(read_json(source, CONFIG, files)),
+            None,
+        )
     checkpoint = read_checkpoint(source)
     return source.label, complete(checkpoint.config), read_contents(checkpoint.tensors, checkpoint.num_layers)
 
@@ -37,7 +41,10 @@ def _gib(nbytes: float) -> str:
 
 def print_budget(budget: Budget, count: int, name: str) -> None:
     request = budget.request
-    print(f"{name} on {count} x {budget.gpu.name}, GiB per GPU of {budget.gpu.memory_gib} ({request.utilization:.0%} used):")
+    print(
+        f"{name} on {count} x {budget.gpu.name}, GiB per GPU; "
+        f"{request.utilization:.0%} of {budget.gpu.memory_gib} is vLLM's:"
+    )
     for item in budget.managed:
         print(f"  {item.name:34} {_gib(item.nbytes)}{'  (estimate)' if item.estimated else ''}")
     print(f"  {'KV cache: what is left':34} {_gib(budget.kv_bytes)}")
@@ -75,7 +82,9 @@ def _flags(budget: Budget, parallel: Parallel) -> str:
 def summary(budget: Budget, parallel: Parallel) -> dict:
     """The verdict for machines: what fits, the numbers vLLM will log, the flags."""
     request = budget.request
-    blocks, concurrency, tokens = budget.pool.capacity(budget.kv_bytes, request.max_model_len, request.in_flight)
+    blocks, concurrency, tokens = budget.pool.capacity(
+        budget.kv_bytes, request.max_model_len, request.in_flight
+    )
     return {
         "fits": budget.fits,
         "shortfall_bytes": budget.shortfall,
@@ -92,7 +101,8 @@ def summary(budget: Budget, parallel: Parallel) -> dict:
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="plan_memory", description="Memory of a DeepSeek-V4 on GPUs, and the flags for it; see docs/memory.md."
+        prog="plan_memory",
+        description="Memory of a DeepSeek-V4 on GPUs, and the flags for it; see docs/memory.md.",
     )
     parser.add_argument("model", help="pro, flash, a checkpoint's folder, or the id of a model on the hub")
     parser.add_argument("gpus", help="such as 8xH200")
@@ -103,8 +113,12 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=int, help="default: vLLM's for the GPU")
     parser.add_argument("--max-num-seqs", type=int, help="default: vLLM's for the GPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=UTILIZATION)
-    parser.add_argument("--gpu-memory-gib", type=float, help="what CUDA reports, where it differs from our table")
-    parser.add_argument("--indexer-fp4", action="store_true", help="the indexer's cache in MXFP4 instead of FP8")
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, help="what CUDA reports, where it differs from our table"
+    )
+    parser.add_argument(
+        "--indexer-fp4", action="store_true", help="the indexer's cache in MXFP4 instead of FP8"
+    )
     parser.add_argument("--revision", help="of the hub's repository")
     parser.add_argument("--json", action="store_true", help="print the verdict for machines")
     return parser.parse_args(arguments)
@@ -136,8 +150,8 @@ def _advice(config: dict, contents: Contents | None, gpu: Gpu, parallel: Paralle
 def _refuse(budget: Budget, longest: int, advice: str) -> None:
     request = budget.request
     print(
-        f"\ndoes not fit: one request of {request.max_model_len:,} tokens lacks {budget.shortfall / GIB:.2f} GiB per GPU; "
-        f"{advice}" + (f", or as it is with --max-model-len {longest}" if longest else "")
+        f"\ndoes not fit: one request of {request.max_model_len:,} tokens lacks {budget.shortfall / GIB:.2f} GiB "
+        f"per GPU; {advice}" + (f", or as it is with --max-model-len {longest}" if longest else "")
     )
 
 
@@ -183,8 +197,9 @@ def main(arguments: list[str]) -> int:
         return 1
     replicas = f" over {parallel.dp} replicas" if parallel.dp > 1 else ""
     print(
-        f"\nmax_model_len {budget.request.max_model_len:,}: {verdict['concurrency']:.2f} such requests at once{replicas}; "
-        f"vLLM will report about {verdict['kv_tokens'] // parallel.dp:,} tokens of KV cache ({verdict['kv_blocks']:,} blocks)"
+        f"\nmax_model_len {budget.request.max_model_len:,}: {verdict['concurrency']:.2f} such requests at "
+        f"once{replicas}; vLLM will report about {verdict['kv_tokens'] // parallel.dp:,} tokens of KV cache "
+        f"({verdict['kv_blocks']:,} blocks)"
     )
     print(f"--max-model-len auto would settle on {automatic:,}")
     if budget.request.max_model_len < request.max_model_len:

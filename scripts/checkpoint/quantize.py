@@ -10,7 +10,15 @@ import math
 from collections.abc import Iterator
 
 import torch
-from cutedsl_nvfp4.format import AMAX_PER_GLOBAL_SCALE, E2M1_MAX, E4M3_MAX, E2M1_VALUES, GROUP_SIZE, encode_e2m1
+
+from cutedsl_nvfp4.format import (
+    AMAX_PER_GLOBAL_SCALE,
+    E2M1_MAX,
+    E2M1_VALUES,
+    E4M3_MAX,
+    GROUP_SIZE,
+    encode_e2m1,
+)
 
 from .dialects import FP8_BLOCK, MXFP4_BLOCK, Linear
 from .headers import CheckpointError
@@ -48,7 +56,9 @@ class Rows:
         if linear.format == "fp8":
             self.scale = _power_of_two(scale) if linear.scale.dtype == "F8_E8M0" else scale.float()
             if not bool(torch.isfinite(self.scale).all()):
-                raise CheckpointError(f"{linear.name}: its scale holds NaN or infinity; the tensor is damaged")
+                raise CheckpointError(
+                    f"{linear.name}: its scale holds NaN or infinity; the tensor is damaged"
+                )
             self.scale = self.scale * 2.0**8  # see _widen_fp8
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -82,7 +92,9 @@ class Rows:
 
 def global_scale(amax: float) -> torch.Tensor:
     """f32 scalar amax / (6 * 448); 1 for an all-zero tensor, which any scale represents."""
-    return torch.tensor(amax if amax > 0 else AMAX_PER_GLOBAL_SCALE, dtype=torch.float32) / AMAX_PER_GLOBAL_SCALE
+    return (
+        torch.tensor(amax if amax > 0 else AMAX_PER_GLOBAL_SCALE, dtype=torch.float32) / AMAX_PER_GLOBAL_SCALE
+    )
 
 
 def _codes_of(groups: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
@@ -107,14 +119,18 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
     return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
-def quantize_chunk(values: torch.Tensor, scale: torch.Tensor, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_chunk(
+    values: torch.Tensor, scale: torch.Tensor, search: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """f32 [R, K], global scale -> (codes uint8 [R, K/2], block scales as bytes uint8 [R, K/16]).
 
     Without `search` the result is `reference.quantize`'s. With it each group takes, of the e4m3 scales around
     that one, the one with the least squared error.
     """
     groups = values.unflatten(-1, (-1, GROUP_SIZE))
-    largest = (groups.view(torch.int32) & 0x7FFFFFFF).amax(-1).view(torch.float32)  # f32 amax takes 4 times as long
+    largest = (
+        (groups.view(torch.int32) & 0x7FFFFFFF).amax(-1).view(torch.float32)
+    )  # f32 amax takes 4 times as long
     ideal = largest / E2M1_MAX / scale
     block_scales = ideal.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn)
     if search:
@@ -147,14 +163,18 @@ def _search(groups: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tenso
 def dequantize_chunk(codes: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The inverse of `quantize_chunk`: f32 [R, K]."""
     table = torch.tensor(E2M1_VALUES, device=codes.device)
-    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(-1, (-1, GROUP_SIZE))
+    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(
+        -1, (-1, GROUP_SIZE)
+    )
     return (values * (block_scales.view(torch.float8_e4m3fn).float() * scale).unsqueeze(-1)).flatten(-2)
 
 
 def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
     """uint8 [R, K/2], e8m0 bytes [R, K/32] -> f32 [R, K]."""
     table = torch.tensor(E2M1_VALUES, device=codes.device)
-    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(-1, (-1, MXFP4_BLOCK))
+    values = table[torch.stack((codes & 0xF, codes >> 4), dim=-1).flatten(-2).int()].unflatten(
+        -1, (-1, MXFP4_BLOCK)
+    )
     return (values * _power_of_two(exponents).unsqueeze(-1)).flatten(-2)
 
 
@@ -176,7 +196,9 @@ def mxfp4_global_power(largest: int) -> int:
 
 def relabel_scales(exponents: torch.Tensor, power: int) -> torch.Tensor:
     """e8m0 bytes [N, K/32] -> e4m3 bytes [N, K/16] of 2**(exponent - power); what is too small becomes 2**-9."""
-    table = torch.ldexp(torch.ones(256), (torch.arange(256) - E8M0_BIAS - power).clamp(E4M3_MIN_POWER, E4M3_MAX_POWER))
+    table = torch.ldexp(
+        torch.ones(256), (torch.arange(256) - E8M0_BIAS - power).clamp(E4M3_MIN_POWER, E4M3_MAX_POWER)
+    )
     pairs = table.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16) * 0x0101
     lookup = pairs.to(exponents.device)[exponents.flatten().int()]
     return lookup.view(torch.uint8).view(exponents.shape[0], -1)

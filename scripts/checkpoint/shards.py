@@ -83,7 +83,9 @@ class ShardWriter:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise CheckpointError(f"{tensor.file} ends early; it was changed or cut off during the conversion")
+                    raise CheckpointError(
+                        f"{tensor.file} ends early; it was changed or cut off during the conversion"
+                    )
                 view = view[count:]
         dtype = quantize.TORCH_DTYPES[tensor.dtype]
         return torch.frombuffer(buffer, dtype=dtype).view(tensor.shape).to(self.device)
@@ -97,7 +99,9 @@ class ShardWriter:
             while done < tensor.nbytes:
                 block = file.read(min(COPY_BYTES, tensor.nbytes - done))
                 if not block:
-                    raise CheckpointError(f"{tensor.file} ends early; it was changed or cut off during the conversion")
+                    raise CheckpointError(
+                        f"{tensor.file} ends early; it was changed or cut off during the conversion"
+                    )
                 self._write_at(output.offset + done, block)
                 done += len(block)
 
@@ -164,7 +168,9 @@ class ShardWriter:
             if scale is not None:
                 value = self._read(scale)
                 if not bool(torch.isfinite(value).all() and (value > 0).all()):
-                    raise CheckpointError(f"{linear.name}.{leaf} is {value.item()}; it must be finite and positive")
+                    raise CheckpointError(
+                        f"{linear.name}.{leaf} is {value.item()}; it must be finite and positive"
+                    )
                 self._put(outputs[f"{linear.name}.{leaf}"], 1.0 / value if linear.divisors else value)
 
     def _count(self, linear: Linear, measured: Measured) -> None:
