@@ -329,9 +329,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers (default: %(default)s)"
     )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, or auto (default): cuda where there is one"
-    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), or cuda for the arithmetic")
     parser.add_argument(
         "--shard-gb", type=float, default=4.0, help="size of output files (default: %(default)s)"
     )
@@ -357,7 +355,6 @@ def _report(record: dict) -> None:
 def main(arguments: list[str]) -> int:
     """Exit status 0: DST is complete; 1: it is not, with the reason on stderr."""
     args = _parse_arguments(arguments)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     kinds = set(filter(None, args.quantize.split(",")))
     if unknown := kinds - set(names.KINDS):
         print(
@@ -371,8 +368,10 @@ def main(arguments: list[str]) -> int:
         shard_bytes=int(args.shard_gb * 1e9),
     )
     try:
+        if args.device != "cpu" and not torch.cuda.is_available():
+            raise CheckpointError(f"--device {args.device}: torch sees no CUDA device; leave it out")
         source = download(args.source, args.revision)
-        _report(convert(source.path, args.destination, options, max(1, args.jobs), device))
+        _report(convert(source.path, args.destination, options, max(1, args.jobs), args.device))
     except (CheckpointError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 1
