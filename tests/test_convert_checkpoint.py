@@ -1,5 +1,6 @@
 """scripts/convert_checkpoint: every dialect becomes the same checkpoint, whatever happens on the way."""
 
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -375,6 +376,43 @@ def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
     assert resumed > KILLS / 4, "the kills came too early to leave anything behind"
 
 
+def test_killed_workers_are_not_left_behind(bf16, from_bf16, tmp_path):
+    """kill -9 of the parent of two workers; what starts at once afterwards is not disturbed by them."""
+    destination = tmp_path / "dst"
+    command = [sys.executable, str(ROOT / "scripts/convert_checkpoint"), str(bf16), str(destination)]
+    parent = subprocess.Popen(
+        [*command, "--jobs", "2", "--shard-gb", str(SMALL_SHARDS / 1e9)], stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(destination.glob("*.safetensors*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = [pid for pid in os.listdir("/proc") if pid.isdigit() and _parent_of(pid) == parent.pid]
+    parent.kill()
+    parent.wait()
+    convert(bf16, destination, Options(shard_bytes=SMALL_SHARDS))
+    assert digest(destination) == digest(from_bf16)
+    assert len(workers) >= 2
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def _parent_of(pid: str) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def test_two_at_once_are_refused(native, tmp_path):
+    destination = tmp_path / "dst"
+    destination.mkdir()
+    with (destination / ".conversion.jsonl").open("ab") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another process is converting"):
+            convert(native, destination, Options())
+
+
 def test_destination_is_no_checkpoint_before_the_end(native, tmp_path, monkeypatch):
     from checkpoint import convert as module
 
@@ -408,7 +446,7 @@ def test_full_disk_is_refused_before_anything_is_written(native, tmp_path, monke
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
     with pytest.raises(CheckpointError, match=r"has 1\.0 MB free, the conversion needs .* MB more"):
         convert(native, tmp_path / "dst", Options())
-    assert not list((tmp_path / "dst").glob("*.safetensors*"))
+    assert not (tmp_path / "dst").exists()
 
 
 def test_foreign_folder_is_left_alone(native, tmp_path):

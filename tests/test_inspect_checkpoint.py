@@ -273,3 +273,15 @@ def test_hub_is_read_by_ranges(native, monkeypatch):
     assert report.source == "owner/name" and report.nbytes == inspect(str(native)).nbytes
     headers = [size for size in ranges if size >= 0]
     assert sum(headers) < report.nbytes / 10, "only headers, never the data"
+
+
+def test_hub_out_of_reach_is_an_error_with_a_remedy(monkeypatch, capsys):
+    import huggingface_hub
+
+    class FileSystem:
+        def ls(self, root, detail):
+            raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
+    assert main(["owner/name"]) == 1
+    assert "cannot be read from the hub (RuntimeError: connection refused); check" in capsys.readouterr().err

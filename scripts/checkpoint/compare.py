@@ -17,7 +17,7 @@ import torch
 
 from . import names, quantize
 from .dialects import Contents, Linear, read_contents
-from .folder import download, read_checkpoint
+from .folder import Folder, download, read_checkpoint
 from .headers import CheckpointError, Tensor
 
 SHOWN = 30
@@ -143,8 +143,6 @@ def badness(difference: Difference) -> float:
 
 def compare(a: Path, b: Path, only: set[str], jobs: int = 1) -> tuple[list[Difference], list[str]]:
     """Two checkpoint folders -> (Differences, worst first; what could not be compared)."""
-    from .folder import Folder
-
     contents = []
     for folder in (a, b):
         checkpoint = read_checkpoint(Folder(folder))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +22,7 @@ import torch
 from . import config, names
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
-from .folder import CONFIG, INDEX, Checkpoint, download, read_checkpoint
+from .folder import CONFIG, INDEX, Checkpoint, Folder, download, read_checkpoint
 from .headers import CheckpointError
 from .shards import PARTIAL, Measured, ShardWriter
 
@@ -62,9 +64,18 @@ class _Worker:
     counter = None
 
     @classmethod
-    def start(cls, counter) -> None:
+    def start(cls, counter, parent: int | None = None) -> None:
         cls.counter = counter
         torch.set_num_threads(1)
+        if parent is not None:
+            threading.Thread(target=cls._follow, args=(parent,), daemon=True).start()
+
+    @staticmethod
+    def _follow(parent: int) -> None:
+        """End with `parent`: a pool's workers would wait forever for one that was killed."""
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
 
     @classmethod
     def count(cls, nbytes: int) -> None:
@@ -81,29 +92,28 @@ def _write_shard(shard: Shard, source: Path, destination: Path, search: bool, de
 
 
 class Journal:
-    """DST/.conversion.jsonl: the conversion's key, then one line for every shard that is complete on disk."""
+    """DST/.conversion.jsonl: the conversion's key, then one line for every shard that is complete on disk.
+
+    While it is begun it is locked, so that two processes cannot convert into one folder.
+    """
 
     def __init__(self, destination: Path, key: str):
         self.path = destination / JOURNAL
+        self.key = key
         self.finished: dict[str, dict] = {}
-        if self.path.exists():
-            lines = [self._parse(line) for line in self.path.read_bytes().splitlines()]
-            if (
-                not lines or lines[0] is None
-            ):  # killed while the first line was written: nothing was converted yet
-                self._append({"key": key}, "wb")
-            elif lines[0].get("key") != key:
-                raise CheckpointError(
-                    f"{destination} holds an unfinished conversion of another source or with other options; go on with "
-                    f"those, or delete the folder"
-                )
-            for line in lines[1:]:
-                file = destination / line["file"] if line else None
-                if file is not None and file.exists() and file.stat().st_size == line["nbytes"]:
-                    self.finished[line["file"]] = line
-            self._append(None, "ab")
-        else:
-            self._append({"key": key}, "wb")
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        parsed = [self._parse(line) for line in lines]
+        # a first line that was cut off: killed before anything was converted
+        self.is_new = not parsed or parsed[0] is None
+        if not self.is_new and parsed[0].get("key") != key:
+            raise CheckpointError(
+                f"{destination} holds an unfinished conversion of another source or with other options; go on with "
+                f"those, or delete the folder"
+            )
+        for line in filter(None, parsed[1:]):
+            file = destination / line["file"]
+            if file.exists() and file.stat().st_size == line["nbytes"]:
+                self.finished[line["file"]] = line
 
     @staticmethod
     def _parse(line: bytes) -> dict | None:
@@ -112,15 +122,36 @@ class Journal:
         except ValueError:
             return None  # cut off by a kill; that shard is written again
 
-    def _append(self, line: dict | None, mode: str) -> None:
-        with self.path.open(mode) as file:
-            file.write((json.dumps(line) if line else "").encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def begin(self) -> None:
+        """Take the lock, and clear away what a killed process was in the middle of."""
+        self._file = self.path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"another process is converting into {self.path.parent}; wait for it"
+            ) from None
+        if self.is_new:
+            self._file.truncate(0)
+            self._append(json.dumps({"key": self.key}))
+        else:
+            self._append("")  # ends a line that was cut off
+        for partial in self.path.parent.glob("*" + PARTIAL):
+            partial.unlink()
+
+    def _append(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def add(self, line: dict) -> None:
+        """Note a shard that is whole and flushed."""
         self.finished[line["file"]] = line
-        self._append(line, "ab")
+        self._append(json.dumps(line))
+
+    def close(self) -> None:
+        """Give the lock up."""
+        self._file.close()
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -145,8 +176,7 @@ def _prepare_destination(destination: Path, source: Path, key: str) -> Journal |
     """An empty or half-converted folder -> its journal; None if it already holds this very conversion."""
     if destination.resolve() == source.resolve():
         raise CheckpointError("DST is SRC; the converter does not overwrite its source")
-    destination.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in destination.iterdir()}
+    present = {path.name for path in destination.iterdir()} if destination.exists() else set()
     if RECORD in present and CONFIG in present and JOURNAL not in present:
         if json.loads((destination / RECORD).read_text()).get("key") == key:
             return None
@@ -160,14 +190,11 @@ def _prepare_destination(destination: Path, source: Path, key: str) -> Journal |
 
 def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, dict]) -> None:
     needed = sum(shard.nbytes for shard in conversion.shards if shard.file not in finished) + SPARE_BYTES
-    for shard in conversion.shards:
-        for file in (shard.file + PARTIAL, shard.file):
-            if shard.file not in finished and (destination / file).exists():
-                needed -= (destination / file).stat().st_blocks * 512
-    free = shutil.disk_usage(destination).free
+    folder = next(path for path in (destination, *destination.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{destination} has {human(free)} free, the conversion needs {human(needed)} more: free "
+            f"{folder} has {human(free)} free, the conversion needs {human(needed)} more: free "
             f"{human(needed - free)}, or choose a DST on another disk"
         )
 
@@ -200,7 +227,9 @@ def _run_shards(
         finally:
             torch.set_num_threads(threads)
     else:
-        with ProcessPoolExecutor(min(jobs, len(pending)), context, _Worker.start, (counter,)) as pool:
+        with ProcessPoolExecutor(
+            min(jobs, len(pending)), context, _Worker.start, (counter, os.getpid())
+        ) as pool:
             futures = {pool.submit(_write_shard, shard, *work) for shard in pending}
             try:
                 while futures:
@@ -279,8 +308,6 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     Raises CheckpointError, before anything is written, for a source that is damaged or cannot be served as
     asked, a destination that holds something else, or a disk that is too small.
     """
-    from .folder import Folder
-
     checkpoint = read_checkpoint(Folder(source))
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     conversion = plan_conversion(contents, options)
@@ -293,11 +320,16 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     if journal is None:
         return json.loads((destination / RECORD).read_text())
     _check_disk(destination, conversion, journal.finished)
+    destination.mkdir(parents=True, exist_ok=True)
+    journal.begin()
     for note in conversion.notes:
         print(f"note: {note}", file=sys.stderr)
-    _run_shards(conversion, journal, source, destination, options, jobs, device)
-    record = _record(conversion, journal, options, key)
-    _finish(checkpoint, conversion, journal, destination, record)
+    try:
+        _run_shards(conversion, journal, source, destination, options, jobs, device)
+        record = _record(conversion, journal, options, key)
+        _finish(checkpoint, conversion, journal, destination, record)
+    finally:
+        journal.close()
     return record
 
 

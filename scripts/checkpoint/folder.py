@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -47,17 +49,31 @@ class Hub:
         self.system = HfFileSystem()
 
     def files(self) -> dict[str, int]:
-        try:
+        with _hub_errors(self.label):
             listing = self.system.ls(self.root, detail=True)
-        except Exception as error:  # whatever HTTP client huggingface-hub uses raises its own
-            raise CheckpointError(
-                f"{self.label} is no folder here and cannot be listed on the hub ({type(error).__name__}: {error}); "
-                f"check the name, the network, and HF_TOKEN for a gated model"
-            ) from None
         return {os.path.basename(row["name"]): row["size"] for row in listing if row["type"] == "file"}
 
-    def open(self, file: str) -> BinaryIO:
-        return self.system.open(f"{self.root}/{file}", "rb", block_size=2**20)
+    @contextmanager
+    def open(self, file: str) -> Iterator[BinaryIO]:
+        with (
+            _hub_errors(self.label),
+            self.system.open(f"{self.root}/{file}", "rb", block_size=2**20) as handle,
+        ):
+            yield handle
+
+
+@contextmanager
+def _hub_errors(label: str) -> Iterator[None]:
+    """Whatever huggingface-hub's HTTP client raises -> CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{label} is no folder here and cannot be read from the hub ({type(error).__name__}: {error}); check the "
+            f"name, the network, and HF_TOKEN for a gated model"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,8 @@ def download(location: str, revision: str | None = None) -> Folder:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "encoding/*"]
-    return Folder(Path(snapshot_download(location, revision=revision, allow_patterns=patterns)))
+    with _hub_errors(location):
+        return Folder(Path(snapshot_download(location, revision=revision, allow_patterns=patterns)))
 
 
 def read_json(source: Folder | Hub, file: str, files: dict[str, int]) -> dict:

@@ -47,8 +47,8 @@ class ShardWriter:
     measured: dict[str, Measured] = field(default_factory=dict)
 
     def write(self, shard: Shard) -> None:
-        """Write `shard` under a temporary name, flush it to disk, rename it."""
-        partial = self.destination / (shard.file + PARTIAL)
+        """Write `shard` under a name of this process's own, flush it to disk, rename it."""
+        partial = self.destination / f"{shard.file}.{os.getpid()}{PARTIAL}"
         with partial.open("wb") as self._out:
             os.truncate(self._out.fileno(), shard.nbytes)
             self._write_at(0, shard.header)
