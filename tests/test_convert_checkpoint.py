@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,10 +21,14 @@ import torch
 from recipe import export
 from safetensors.torch import load_file
 from server import ROOT, Server
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+from vllm.models.deepseek_v4.cpu.model import DeepseekV4ForCausalLM
 
+from checkpoint.config import modelopt_config
 from checkpoint.conversion import Options
 from checkpoint.convert import convert
 from checkpoint.headers import CheckpointError
+from checkpoint.names import KINDS
 from cutedsl_nvfp4 import reference
 
 SMALL_SHARDS = 1_000_000
@@ -303,6 +308,32 @@ def test_what_is_left_out_becomes_bf16_and_is_ignored(native, tmp_path, capsys):
     assert torch.equal(ours[f"{name}.weight"].float(), exact)
     ignored = json.loads((tmp_path / "dst/config.json").read_text())["quantization_config"]["ignore"]
     assert "*.attn.indexer.*" in ignored and "*.attn.compressor.*" in ignored and "*.attn.wq_b" not in ignored
+
+
+def test_vllm_quantizes_exactly_what_is_nvfp4():
+    """`ignore` as vLLM itself resolves it, for every choice of modules."""
+    layers = {
+        "attention": ("attn.fused_wqa_wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b"),
+        "compressor": ("attn.compressor.fused_wkv_wgate",),
+        "indexer": (
+            "attn.indexer.wq_b",
+            "attn.indexer.weights_proj",
+            "attn.indexer.compressor.fused_wkv_wgate",
+        ),
+        "shared": ("ffn.shared_experts.gate_up_proj", "ffn.shared_experts.down_proj"),
+        "experts": ("ffn.experts", "ffn.experts.routed_experts"),
+    }
+    for chosen in (set(choice) for size in range(1, 6) for choice in itertools.combinations(KINDS, size)):
+        quantization = ModelOptNvFp4Config.from_config(
+            modelopt_config(small.config(None), chosen)["quantization_config"]
+        )
+        quantization.packed_modules_mapping = DeepseekV4ForCausalLM.packed_modules_mapping
+        quantization.apply_vllm_mapper(DeepseekV4ForCausalLM.hf_to_vllm_mapper)
+        assert quantization.is_layer_excluded("lm_head")
+        for kind, names in layers.items():
+            for name in names:
+                excluded = quantization.is_layer_excluded(f"model.layers.2.{name}")
+                assert excluded == (kind not in chosen), (chosen, name)
 
 
 def test_mxfp4_beside_nvfp4_is_refused(native, tmp_path):

@@ -189,14 +189,33 @@ def test_wrong_quantization_config_is_a_problem(tmp_path, demo_tensors):
     assert "no quantization_config" in problems(tmp_path / "src")
 
 
-def test_lost_compress_ratios_are_a_problem(tmp_path, demo_tensors):
+def test_config_that_cannot_be_completed_is_a_problem(tmp_path, demo_tensors):
     contents = json.loads((DEMO / "config.json").read_text())
     del contents["compress_ratios"]
     small.write(tmp_path / "src", demo_tensors, contents)
-    assert "no compress_ratios" in problems(tmp_path / "src")
+    assert "'layer_types')" in problems(tmp_path / "src") and "original model" in problems(tmp_path / "src")
 
 
-def test_missing_global_scale_is_a_problem(tmp_path, demo_tensors):
+def test_foreign_names_and_layouts_are_told(tmp_path, demo_tensors):
+    tensors = {}
+    leaves = {
+        "weight": "weight_packed",
+        "weight_scale_2": "weight_global_scale",
+        "input_scale": "input_global_scale",
+    }
+    quantized = {
+        name.removesuffix(".weight_scale") for name in demo_tensors if name.endswith(".weight_scale")
+    }
+    for name, tensor in demo_tensors.items():
+        linear, _, leaf = name.rpartition(".")
+        tensors[f"{linear}.{leaves.get(leaf, leaf)}" if linear in quantized else name] = tensor
+    tensors["model.layers.0.self_attn.sinks"] = tensors.pop("layers.0.attn.attn_sink")
+    small.write(tmp_path / "src", tensors, json.loads((DEMO / "config.json").read_text()))
+    serving = "\n".join(inspect(str(tmp_path / "src")).serving)
+    assert "names: transformers'" in serving and "divisors" in serving
+
+
+def test_missing_scales_are_refused_by_name(tmp_path, demo_tensors):
     tensors = dict(demo_tensors)
     del tensors["layers.0.attn.wq_b.weight_scale_2"], tensors["layers.0.attn.wq_b.weight_scale"]
     small.write(tmp_path / "src", tensors, json.loads((DEMO / "config.json").read_text()))

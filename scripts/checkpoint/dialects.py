@@ -93,7 +93,7 @@ def _linear(name: str, leaves: dict[str, Tensor]) -> Linear:
         raise CheckpointError(f"{name} is {weight.dtype} without block scales; the export is incomplete")
     if weight.dtype == "F8_E4M3":
         blocks = (-(-n // FP8_BLOCK), -(-stored // FP8_BLOCK))
-        _expect(scale, f"{name}'s scale", blocks, ("F8_E8M0", "F32", "BF16"))
+        _expect(scale, f"{name}'s scale", blocks, ("F8_E8M0", "F32", "BF16", "F16"))
         return replace(found, format="fp8")
     if weight.dtype not in PACKED_DTYPES:
         raise CheckpointError(

@@ -9,7 +9,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 
 from . import names
-from .dialects import Contents, Linear, read_contents
+from .config import native_config
+from .dialects import Contents, read_contents
 from .folder import Checkpoint, find_source, read_checkpoint
 from .headers import CheckpointError
 
@@ -106,15 +107,8 @@ def expected_linears(config: dict) -> set[str]:
     return expected
 
 
-def _config_problems(config: dict, linears: dict[str, Linear], formats: dict[str, set[str]]) -> list[Problem]:
+def _config_problems(config: dict, formats: dict[str, set[str]]) -> list[Problem]:
     problems = []
-    if "compress_ratios" not in config:
-        problems.append(
-            Problem(
-                "config.json has no compress_ratios: transformers wrote it",
-                "convert_checkpoint puts them back",
-            )
-        )
     quantization = config.get("quantization_config") or {}
     method = str(quantization.get("quant_method", ""))
     nvfp4 = {kind for kind, found in formats.items() if "nvfp4" in found}
@@ -141,13 +135,6 @@ def _config_problems(config: dict, linears: dict[str, Linear], formats: dict[str
                     "convert_checkpoint makes all of it NVFP4",
                 )
             )
-    if any(linear.divisors for linear in linears.values()):
-        problems.append(
-            Problem(
-                "compressed-tensors layout: global scales are divisors, names differ",
-                "convert_checkpoint rewrites it without loss as ModelOpt NVFP4",
-            )
-        )
     return problems
 
 
@@ -156,6 +143,11 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
     config, linears = checkpoint.config, contents.linears
     formats = _formats_by_kind(contents)
     problems = []
+    try:
+        config = native_config(config)
+    except CheckpointError as error:
+        what, _, remedy = str(error).rpartition("; ")
+        problems.append(Problem(what, remedy))
     if isinstance(config.get("n_routed_experts"), int) and "compress_ratios" in config:
         expected = expected_linears(config)
         if missing := sorted(expected - linears.keys(), key=names.natural_order):
@@ -185,14 +177,7 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
                     f"list the others under quantization_config.ignore, or convert_checkpoint --quantize …,{kind}",
                 )
             )
-    problems += _config_problems(config, linears, formats)
-    if contents.copied and any(linear.format == "nvfp4" for linear in linears.values()):
-        problems.append(
-            Problem(
-                "it has MTP layers",
-                "nothing to do: they are not read; this image refuses --speculative-config",
-            )
-        )
+    problems += _config_problems(config, formats)
     return problems
 
 
@@ -227,6 +212,12 @@ def describe_serving(contents: Contents) -> list[str]:
             if not without
             else f"activations: {without} of {len(quantized)} NVFP4 layers have no input_scale: dynamic under W4A4"
         )
+    if contents.copied:
+        lines.append("MTP: not read; this image serves no speculative decoding")
+    if any(linear.divisors for linear in quantized):
+        lines.append(
+            "layout: compressed-tensors; its global scales are divisors and are inverted as they are read"
+        )
     return lines
 
 
@@ -236,11 +227,12 @@ def inspect(location: str, revision: str | None = None) -> Report:
     checkpoint = read_checkpoint(source)
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     problems = find_problems(checkpoint, contents)
+    serving = describe_serving(contents)
     if any("self_attn" in name or ".mlp." in name for name in checkpoint.tensors):
-        problems.append(
-            Problem("tensors have transformers' names", "convert_checkpoint renames them without loss")
+        serving.append(
+            "names: transformers'; the server reads them as DeepSeek's, convert_checkpoint writes DeepSeek's"
         )
-    return Report(source.label, count_bytes(contents), describe_serving(contents), problems)
+    return Report(source.label, count_bytes(contents), serving, problems)
 
 
 def print_report(report: Report) -> None:
