@@ -182,6 +182,20 @@ def test_missing_expert_is_a_problem(tmp_path):
     assert "1 linears are missing: layers.2.ffn.experts.17.w3" in problems(tmp_path / "src")
 
 
+def test_config_of_another_model_is_a_problem(tmp_path, demo_tensors):
+    contents = {
+        **json.loads((DEMO / "config.json").read_text()),
+        "q_lora_rank": 96,
+        "compress_ratios": [0, 0, 128],
+    }
+    small.write(tmp_path / "src", demo_tensors, contents)
+    found = problems(tmp_path / "src")
+    assert "6 linears fit no layer of config.json: layers.1.attn.compressor.wgate" in found
+    assert (
+        "6 linears have another shape than config.json says: layers.0.attn.wq_a, layers.0.attn.wq_b" in found
+    )
+
+
 def test_wrong_quantization_config_is_a_problem(tmp_path, demo_tensors):
     small.write(tmp_path / "src", demo_tensors, small.config(small.NATIVE_QUANTIZATION))
     assert "quant_method is 'fp8'" in problems(tmp_path / "src")

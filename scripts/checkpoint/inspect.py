@@ -9,10 +9,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 
 from . import names
-from .config import native_config
-from .dialects import Contents, read_contents
+from .dialects import Contents, Linear, read_contents
 from .folder import Checkpoint, find_source, read_checkpoint
 from .headers import CheckpointError
+from .model import complete, linear_shapes
 
 OTHER = ("embeddings", "norms and rest", "mtp")
 DIALECTS = {
@@ -88,23 +88,30 @@ def _list(found: list[str]) -> str:
     return ", ".join(found[:LISTED]) + rest
 
 
-def expected_linears(config: dict) -> set[str]:
-    """Names of the linears that a model of this config has."""
-    expected = set()
-    ratios = config.get("compress_ratios") or []
-    for layer in range(config["num_hidden_layers"]):
-        ratio = ratios[layer] if layer < len(ratios) else 0
-        rest = ["attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b"]
-        if ratio > 1:
-            rest += ["attn.compressor.wkv", "attn.compressor.wgate"]
-        if ratio == 4:
-            rest += ["attn.indexer.wq_b", "attn.indexer.weights_proj"]
-            rest += ["attn.indexer.compressor.wkv", "attn.indexer.compressor.wgate"]
-        if config.get("n_shared_experts"):
-            rest += [f"ffn.shared_experts.w{matrix}" for matrix in (1, 2, 3)]
-        rest += [f"ffn.experts.{e}.w{m}" for e in range(config["n_routed_experts"]) for m in (1, 2, 3)]
-        expected.update(f"layers.{layer}.{name}" for name in rest)
-    return expected
+def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
+    """Linears that config.json's model has and the files do not, the reverse, and those of another shape."""
+    expected = {
+        name.replace("*", str(expert)): (n, k)
+        for name, (n, k, count) in linear_shapes(config).items()
+        for expert in range(count)
+    }
+    found = {name: (linear.n, linear.k) for name, linear in linears.items()}
+    missing, surplus = expected.keys() - found.keys(), found.keys() - expected.keys()
+    other = [name for name in found.keys() & expected.keys() if found[name] != expected[name]]
+    problems = []
+    for names_found, what, remedy in (
+        (missing, "are missing", "download or export the checkpoint again"),
+        (surplus, "fit no layer of config.json", "use the config.json that belongs to these weights"),
+        (
+            other,
+            "have another shape than config.json says",
+            "use the config.json that belongs to these weights",
+        ),
+    ):
+        if names_found:
+            listed = _list(sorted(names_found, key=names.natural_order))
+            problems.append(Problem(f"{len(names_found)} linears {what}: {listed}", remedy))
+    return problems
 
 
 def _config_problems(config: dict, formats: dict[str, set[str]]) -> list[Problem]:
@@ -144,25 +151,10 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
     formats = _formats_by_kind(contents)
     problems = []
     try:
-        config = native_config(config)
+        problems += _shape_problems(complete(config), linears)
     except CheckpointError as error:
         what, _, remedy = str(error).rpartition("; ")
         problems.append(Problem(what, remedy))
-    if isinstance(config.get("n_routed_experts"), int) and "compress_ratios" in config:
-        expected = expected_linears(config)
-        if missing := sorted(expected - linears.keys(), key=names.natural_order):
-            problems.append(
-                Problem(
-                    f"{len(missing)} linears are missing: {_list(missing)}", "download or export it again"
-                )
-            )
-        if extra := sorted(linears.keys() - expected, key=names.natural_order):
-            problems.append(
-                Problem(
-                    f"{len(extra)} linears fit no layer of config.json: {_list(extra)}",
-                    "use the matching config.json",
-                )
-            )
     no_scale = [
         name for name, linear in linears.items() if linear.format == "nvfp4" and linear.global_scale is None
     ]
