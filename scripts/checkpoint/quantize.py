@@ -145,12 +145,17 @@ def quantize_chunk(
 
 def _search(groups: torch.Tensor, block_scales: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     start = block_scales.view(torch.uint8).to(torch.int16)
-    table = torch.tensor(E2M1_VALUES, device=groups.device)
+    magnitudes = groups.abs()
     best = least = None
     for offset in SEARCH_OFFSETS:
         candidate = (start + offset).clamp_(1, 0x7E).to(torch.uint8)
-        step = (candidate.view(torch.float8_e4m3fn).float() * scale).unsqueeze(-1)
-        error = (table[_codes_of(groups, step).int()] * step - groups).square_().sum(-1)
+        step = candidate.view(torch.float8_e4m3fn).float() * scale
+        scaled = magnitudes / step.unsqueeze(-1)
+        # the nearest e2m1 magnitude, plus 6: the sum of the parts that _codes_of rounds
+        nearest = scaled.clamp(max=2.0).mul_(2.0).round_().mul_(0.5)
+        nearest += scaled.clamp(2.0, 4.0).round_()
+        nearest += scaled.clamp(4.0, 6.0).mul_(0.5).round_().mul_(2.0)
+        error = nearest.sub_(6.0).sub_(scaled).square_().sum(-1).mul_(step.square())
         if least is None:
             best, least = candidate, error
         else:
