@@ -211,9 +211,8 @@ def _run_shards(
     pending = [shard for shard in conversion.shards if shard.file not in journal.finished]
     total = sum(job.source_bytes for shard in conversion.shards for job in shard.jobs)
     left = sum(job.source_bytes for shard in pending for job in shard.jobs)
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # a fork of a process with torch's threads or CUDA may hang
+    # a fork of a process that holds torch's threads or CUDA may hang
+    context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     progress = Progress(total, total - left, counter)
     work = (source, destination, options.search, device)
