@@ -252,6 +252,16 @@ def test_flags_are_ready_to_paste(capsys):
     )
 
 
+def test_every_choice_is_in_the_flags(capsys):
+    assert main(["pro", "16xH200", "--tp", "8", "--dp", "2", "--ep", "--indexer-fp4", "--max-num-batched-tokens", "4096",
+                 "--gpu-memory-utilization", "0.85", "--max-model-len", "131072", "--json"]) == 0  # fmt: skip
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["flags"] == (
+        "--tensor-parallel-size 8 --data-parallel-size 2 --enable-expert-parallel --gpu-memory-utilization 0.85 "
+        "--max-model-len 131072 --max-num-batched-tokens 4096 --attention-config.indexer_kv_dtype=mxfp4"
+    )
+
+
 def test_wrong_questions_are_errors(capsys):
     for arguments, words in (
         (["pro", "8xH200", "--tp", "3"], "do not make 8 GPUs"),

@@ -148,9 +148,8 @@ def budget_of(
     unmanaged = [Item("block tables", pool.table_bytes(length, request.seqs))]
     if 128 in config["compress_ratios"]:
         width = ceil_div(ceil_div(length, 128), C128_ALIGNMENT) * C128_ALIGNMENT
-        unmanaged.append(
-            Item("C128 index buffers", 2 * tokens * width * 4)
-        )  # models/deepseek_v4/sparse_mla.py:155-183
+        # models/deepseek_v4/sparse_mla.py:155-183
+        unmanaged.append(Item("C128 index buffers", 2 * tokens * width * 4))
     if 4 in config["compress_ratios"]:  # v1/attention/backends/mla/indexer.py:1091-1095
         unmanaged.append(Item("indexer block table", tokens * ceil_div(length, 256) * 4))
     return Budget(gpu, request, pool, tuple(managed), tuple(unmanaged))

@@ -76,6 +76,8 @@ def _flags(budget: Budget, parallel: Parallel) -> str:
         flags.append(f"--max-num-batched-tokens {request.batched_tokens}")
     if request.seqs != gpu.default_seqs:
         flags.append(f"--max-num-seqs {request.seqs}")
+    if request.indexer_fp4:
+        flags.append("--attention-config.indexer_kv_dtype=mxfp4")
     return " ".join(flags)
 
 
