@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from server import DEMO, ROOT
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.models.deepseek_v4.attention import DeepseekV4Attention, DeepseekV4IndexerCache
 from vllm.models.deepseek_v4.compressor import CompressorStateCache
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.mla.sparse_swa import DeepseekV4SWACache
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -252,14 +254,20 @@ def test_flags_are_ready_to_paste(capsys):
     )
 
 
-def test_every_choice_is_in_the_flags(capsys):
-    assert main(["pro", "16xH200", "--tp", "8", "--dp", "2", "--ep", "--indexer-fp4", "--max-num-batched-tokens", "4096",
-                 "--gpu-memory-utilization", "0.85", "--max-model-len", "131072", "--json"]) == 0  # fmt: skip
-    verdict = json.loads(capsys.readouterr().out)
-    assert verdict["flags"] == (
-        "--tensor-parallel-size 8 --data-parallel-size 2 --enable-expert-parallel --gpu-memory-utilization 0.85 "
-        "--max-model-len 131072 --max-num-batched-tokens 4096 --attention-config.indexer_kv_dtype=mxfp4"
+def test_every_choice_is_in_the_flags_and_vllm_takes_them(capsys):
+    arguments = (
+        "pro 16xH200 --tp 8 --dp 2 --ep --indexer-fp4 --max-num-batched-tokens 4096 --max-num-seqs 64 --json"
     )
+    assert main([*arguments.split(), "--gpu-memory-utilization", "0.85", "--max-model-len", "131072"]) == 0
+    flags = json.loads(capsys.readouterr().out)["flags"]
+    assert flags == (
+        "--tensor-parallel-size 8 --data-parallel-size 2 --enable-expert-parallel --gpu-memory-utilization 0.85 "
+        "--max-model-len 131072 --max-num-batched-tokens 4096 --max-num-seqs 64 "
+        "--attention-config.indexer_kv_dtype=mxfp4"
+    )
+    taken = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags.split())
+    assert (taken.tensor_parallel_size, taken.max_model_len, taken.max_num_seqs) == (8, 131072, 64)
+    assert taken.enable_expert_parallel and taken.attention_config.indexer_kv_dtype == "mxfp4"
 
 
 def test_wrong_questions_are_errors(capsys):
