@@ -218,6 +218,7 @@ def draw(found: list[Difference], path: Path) -> None:
         if points:
             axes.plot(*zip(*points), ".", label=kind, markersize=5)
     axes.set(xlabel="layer", ylabel="signal to noise, dB", title="Error of every tensor (higher is better)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
