@@ -1,4 +1,5 @@
-# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, ARGS.
+# The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, MODEL,
+# GPUS, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
@@ -24,7 +25,7 @@ COMPOSE := arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments do
 
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
-.PHONY: build up up-cpu logs pin sbom
+.PHONY: build up up-cpu logs pin sbom plan
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +57,9 @@ sbom:  ## write what IMAGE:TARGET contains to SBOM (SPDX); needs syft
 
 smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
 	@$(PYTHON) scripts/smoke_test --base-url $(BASE_URL) $(ARGS)
+
+plan:  ## fit a model on GPUs, with flags: make plan MODEL=pro GPUS=8xH200; ARGS go to scripts/plan_memory
+	@$(PYTHON) scripts/plan_memory $(or $(MODEL),pro) $(or $(GPUS),8xH200) $(ARGS)
 
 test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
