@@ -1,5 +1,5 @@
 """The self-check on the CPU, with Hopper's layout multiplied by the reference: it passes what is right and names
-what is planted wrong. tests/gpu/test_selfcheck.py plants the same in front of the real kernels."""
+what is planted wrong. tests/gpu/test_sm90_selfcheck.py plants the same in front of the real kernels."""
 
 import sys
 

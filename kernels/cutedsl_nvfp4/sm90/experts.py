@@ -25,9 +25,7 @@ MAX_EXPERTS = 1024  # local ones (routing.py)
 TOPKS = (6, 8)  # compiled ahead of time
 
 
-def _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype) -> None:
-    if x.device.type != "cuda" or any(t.device != x.device for t in (*w13, *w2, topk_weights, topk_ids)):
-        raise ValueError(f"x, weights and routing must be on one CUDA device, x is on {x.device}")
+def _check_shapes(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype) -> None:
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != hidden:
         raise ValueError(f"x must be bf16 [M, {hidden}], got {x.dtype} {tuple(x.shape)}")
     if hidden % 16 or intermediate % 16:
@@ -94,7 +92,9 @@ def run(
     `out` receives the result instead of new memory. Raises ValueError for operands that do not fit.
     """
     w13, w2 = (w13_codes, w13_scales, w13_row_scale), (w2_codes, w2_scales, w2_row_scale)
-    _check(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype)
+    if x.device.type != "cuda" or any(t.device != x.device for t in (*w13, *w2, topk_weights, topk_ids)):
+        raise ValueError(f"x, weights and routing must be on one CUDA device, x is on {x.device}")
+    _check_shapes(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype)
     m, topk = topk_ids.shape
     if out is None:
         out = torch.empty((m, hidden), dtype=out_dtype, device=x.device)

@@ -16,12 +16,10 @@ TOKEN_GROUP = 2048  # tokens whose tiles run next to each other: they fit in L2 
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
-def _check(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) -> None:
+def _check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) -> None:
     panels, blocks = groups * packed_shape(n // groups, k)[0], packed_shape(n, k)[1]
     if n % groups:
         raise ValueError(f"N = {n} rows do not divide into {groups} groups")
-    if x.device.type != "cuda" or codes.device != x.device:
-        raise ValueError(f"x and codes must be on one CUDA device, got {x.device} and {codes.device}")
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != groups * k:
         raise ValueError(f"x must be bf16 [M, {groups} * {k}], got {x.dtype} {tuple(x.shape)}")
     if codes.dtype != torch.int64 or codes.shape != (panels, blocks, CODE_WORDS):
@@ -70,7 +68,9 @@ def run(
     other rows. `config` overrides the measured choice; `out` receives the result instead of new memory.
     Raises ValueError for operands that do not fit.
     """
-    _check(x, codes, scales, row_scale, bias, n, k, groups, out_dtype)
+    if x.device.type != "cuda" or codes.device != x.device:
+        raise ValueError(f"x and codes must be on one CUDA device, got {x.device} and {codes.device}")
+    _check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype)
     m = x.shape[0]
     panels_per_group = codes.shape[0] // groups
     rows, padded = n // groups, panels_per_group * PANEL_ROWS
