@@ -83,7 +83,7 @@ patches-check: setup  ## try the patches on another vLLM: make patches-check VER
 	@$(VENV)/python scripts/check_patches --version $(VERSION) $(ARGS)
 
 bench-check:  ## every speed bar of the GPU kernels with its measured figure; fails where one is missed
-	@python3 bench/report.py docs/results/h200_linear.json docs/results/h200_experts.json --bars
+	@$(PYTHON) bench/report.py docs/results/h200_linear.json docs/results/h200_experts.json --bars
 
 train-demo: setup-dev  ## train demo/ again from its recipe
 	@$(VENV)/python scripts/train_demo $(ARGS)

@@ -120,6 +120,23 @@ def check_libraries(found: dict[str, bool]) -> Finding:
     )
 
 
+def check_compiler(found: str | None) -> Finding:
+    if found:
+        return Finding("compiler", found)
+    return Finding(
+        "compiler",
+        "no C++ compiler",
+        "torch.compile needs one (g++ or clang++) for the first request that asks for log-probabilities",
+        "apt-get install g++",
+    )
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would find: CXX, g++ or clang++."""
+    names = filter(None, (os.environ.get("CXX"), "g++", "clang++"))
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
 def check_cpu(flags: frozenset[str]) -> Finding:
     if "avx2" not in flags:
         return Finding(
@@ -242,6 +259,7 @@ def setup_findings(python: str) -> list[Finding]:
         check_python(python, tuple(probe["version"]), pins["PYTHON_MIN"], pins["PYTHON_MAX"]),
         check_venv(python, tuple(probe["version"]), probe["venv"]),
         check_libraries(probe["libraries"]),
+        check_compiler(compiler()),
         check_cpu(cpu_flags()),
         check_disk(PROJECT_ROOT, shutil.disk_usage(PROJECT_ROOT).free, SETUP_DISK),
     ]
@@ -250,6 +268,7 @@ def setup_findings(python: str) -> list[Finding]:
 def serve_findings(host: str, port: int) -> list[Finding]:
     return [
         check_cpu(cpu_flags()),
+        check_compiler(compiler()),
         check_memory(available_memory(), SERVE_MEMORY),
         check_port(host, port, port_in_use(host, port), port_owner(port)),
     ]

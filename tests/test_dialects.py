@@ -465,8 +465,9 @@ class TestServed:
         assert served(dialect) == served("o_a-bf16-weight-only")
 
     def test_fp8_attention_by_compressed_tensors(self, served):
-        if fp8_runs_here():
-            assert served("compressed-tensors-experts-only-fp8") == served("experts-only-fp8")
+        if not fp8_runs_here():
+            pytest.skip("block FP8 needs AMX or AVX512-BF16")
+        assert served("compressed-tensors-experts-only-fp8") == served("experts-only-fp8")
 
     @pytest.mark.parametrize("dialect", ["experts-only-fp8", "mxfp4-fp8"])
     def test_fp8_attention(self, served, dialect, tmp_path):

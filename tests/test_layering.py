@@ -1,9 +1,13 @@
 """The layering lint finds every kind of planted violation, and the package has none."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from script_loader import load_script
 
 lint_layering = load_script("lint_layering")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_package_keeps_its_layers():
@@ -65,3 +69,15 @@ def test_allowed_import_is_not(file, source):
 
 def test_empty_package_is_a_finding(tmp_path):
     assert "nothing was checked" in lint_layering.check_package(tmp_path)[0]
+
+
+def test_every_python_script_is_linted():
+    """ruff finds scripts without suffix only where pyproject.toml names them."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = set(settings["tool"]["ruff"]["extend-include"])
+    scripts = {
+        f"scripts/{path.name}"
+        for path in (ROOT / "scripts").iterdir()
+        if path.is_file() and not path.suffix and path.read_text().startswith("#!/usr/bin/env python3")
+    }
+    assert scripts == named

@@ -90,8 +90,8 @@ def check_kernels(worker) -> None:
     if failures := _agree(failure):
         raise selfcheck.SelfCheckFailed(
             f"an NVFP4 kernel failed its self-check on {torch.cuda.get_device_name()}: {'; '.join(failures)}. "
-            "Nothing is served from it. Report this; --linear-backend NAME (such as humming) serves with a kernel "
-            "of vLLM's meanwhile"
+            "Nothing is served from it. Report this; --linear-backend NAME, or for experts --moe-backend NAME (such as "
+            "humming), serves with a kernel of vLLM's meanwhile"
         )
     model.nvfp4_self_check = report.as_dict()
     logger.info("NVFP4 self-check: %s", model.nvfp4_self_check)
