@@ -78,13 +78,39 @@ def test_native_formats_are_read(tmp_path, bf16, values):
     assert by_name["norm.weight"].snr_db is None
 
 
-def test_what_only_one_has_is_told(tmp_path):
+@pytest.fixture(scope="module")
+def incomplete(tmp_path_factory) -> Path:
+    """The demo without one linear, and with a parameter of another shape."""
     tensors = export.load_checkpoint(DEMO)
     for name in [name for name in tensors if name.startswith("layers.2.attn.wo_a.")]:
         del tensors[name]
-    small.write(tmp_path / "src", tensors, json.loads((DEMO / "config.json").read_text()))
-    _, notes = compare(DEMO, tmp_path / "src", set())
-    assert notes == ["1 only in A, the first layers.2.attn.wo_a"]
+    tensors["norm.weight"] = tensors["norm.weight"][:-1].clone()
+    contents = json.loads((DEMO / "config.json").read_text())
+    return small.write(tmp_path_factory.mktemp("incomplete") / "src", tensors, contents)
+
+
+def test_what_only_one_has_is_told(incomplete):
+    _, notes = compare(DEMO, incomplete, set())
+    assert notes == ["1 only in A, the first layers.2.attn.wo_a", "norm.weight is [256] in A and [255] in B"]
+
+
+def test_notes_are_about_the_chosen_kinds(incomplete):
+    assert compare(DEMO, incomplete, {"shared"})[1] == []
+    assert compare(DEMO, incomplete, {"attention"})[1] == ["1 only in A, the first layers.2.attn.wo_a"]
+    assert compare(DEMO, incomplete, {"rest"})[1] == ["norm.weight is [256] in A and [255] in B"]
+
+
+@pytest.mark.parametrize(
+    "kinds, words", [("attention", "layers.2.attn.wo_a"), ("rest", "norm.weight is"), ("mtp", "no tensor is in both")]
+)  # fmt: skip
+def test_at_least_fails_on_what_was_not_compared(incomplete, kinds, words, capsys):
+    arguments = [str(DEMO), str(incomplete), "--jobs", "1", "--only", kinds]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--at-least", "20"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("not everything could be compared: ") and words in error
+    assert main([*arguments[:-1], "shared", "--at-least", "20"]) == 0
 
 
 def test_command(damaged, tmp_path, capsys):

@@ -15,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+import checkpoints
 import pytest
 import small_checkpoints as small
+import test_dialects
 import torch
 from recipe import export
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from checkpoint.convert import convert
 from checkpoint.headers import CheckpointError
 from checkpoint.names import KINDS
 from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.vllm.checkpoint_config import native_config
 
 SMALL_SHARDS = 1_000_000
 
@@ -386,17 +389,24 @@ def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
     context.set_forkserver_preload([__name__])
     chance = random.Random(7)
     destination = tmp_path / "dst"
-    kills, resumed = 0, 0
+    kills, resumed, alone = 0, 0, 0
     while kills < KILLS:
         ours, theirs = context.Pipe()
         child = context.Process(target=_convert_and_tell, args=(source, destination, theirs))
         child.start()
+        theirs.close()  # or a child that dies early leaves recv waiting for ever
         ours.recv()
+        ours.close()
         child.join(chance.uniform(0, longest * 0.8))
         if child.is_alive():
             os.kill(child.pid, signal.SIGKILL)
-            kills += 1
         child.join()
+        assert child.exitcode in (0, -signal.SIGKILL), (
+            "the conversion failed by itself; its traceback is above"
+        )
+        killed = child.exitcode == -signal.SIGKILL
+        kills, alone = kills + killed, 0 if killed else alone + 1
+        assert alone < 20, "conversions end before they can be killed"
         resumed += destination.exists() and any(destination.glob("*.safetensors"))
         if (destination / "config.json").exists():
             convert(source, destination, Options(shard_bytes=40_000))
@@ -494,6 +504,111 @@ def test_damaged_weight_is_refused_by_name(layer_one, tmp_path):
     small.write(tmp_path / "src", tensors, small.config(None))
     with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.wo_b holds NaN or infinity"):
         convert(tmp_path / "src", tmp_path / "dst", Options())
+
+
+def test_damaged_block_scales_are_refused_by_name(demo, tmp_path):
+    """NVFP4 linears are copied, and checked as they are."""
+    tensors = {name: tensor.clone() for name, tensor in demo.items()}
+    tensors["layers.1.attn.wo_b.weight_scale"].view(torch.uint8)[3, 3] = 0x7F
+    small.write(tmp_path / "src", tensors, json.loads((small.DEMO / "config.json").read_text()))
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.attn\.wo_b\.weight_scale: block scale at \[3, 3\] is nan"
+    ):
+        convert(tmp_path / "src", tmp_path / "dst", Options())
+
+
+def test_damaged_fp8_that_is_kept_is_refused_by_name(layer_one, tmp_path):
+    tensors = small.native(layer_one)
+    tensors["layers.1.attn.wo_b.weight"].view(torch.uint8)[3, 3] = 0x7F
+    small.write(tmp_path / "src", tensors, small.config(small.NATIVE_QUANTIZATION))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.attn\.wo_b holds NaN"):
+        convert(tmp_path / "src", tmp_path / "dst", Options(kinds=("experts",)))
+
+
+@pytest.mark.parametrize("dtype, stored", [(torch.float32, "F32"), (torch.bfloat16, "BF16")])
+def test_fp8_whose_scales_are_no_powers_of_two_is_not_kept(dtype, stored, layer_one, tmp_path):
+    tensors = small.native(layer_one)
+    for name, tensor in tensors.items():
+        if name.endswith(".scale") and ".ffn.experts." not in name:
+            tensors[name] = (tensor.float() * 0.75).to(dtype)
+    small.write(tmp_path / "src", tensors, small.config(small.NATIVE_QUANTIZATION))
+    with pytest.raises(
+        CheckpointError, match=rf"layers\.1\..* is FP8 with {stored} block scales.*powers of two"
+    ):
+        convert(tmp_path / "src", tmp_path / "dst", Options(kinds=("experts",)))
+    assert not (tmp_path / "dst").exists()
+    convert(tmp_path / "src", tmp_path / "dst", Options())
+
+
+# --- config.json ---
+
+
+@pytest.mark.parametrize(
+    "change, words", test_dialects.test_what_cannot_be_repaired_is_refused.pytestmark[0].args[1]
+)
+def test_config_the_server_refuses_is_refused_before_any_work(change, words, layer_one, tmp_path):
+    contents = json.loads(json.dumps(checkpoints.transformers_names(*checkpoints.demo())[1]))
+    change(contents)
+    small.write(tmp_path / "src", small.native_dtypes(layer_one), contents)
+    with pytest.raises(CheckpointError, match=words):
+        convert(tmp_path / "src", tmp_path / "dst", Options())
+    assert not (tmp_path / "dst").exists()
+
+
+def test_config_with_an_unknown_compression_is_refused(layer_one, tmp_path):
+    contents = hf_config()
+    contents["compress_rates"]["compressed_sparse_attention"] = 8
+    small.write(tmp_path / "src", small.native_dtypes(layer_one), contents)
+    with pytest.raises(CheckpointError, match=r"compress_ratios must name 0, 1, 4 or 128.*\[0, 8, 128\]"):
+        convert(tmp_path / "src", tmp_path / "dst", Options())
+
+
+def test_what_is_written_is_what_the_server_reads(layer_one, tmp_path):
+    small.write(tmp_path / "src", small.native_dtypes(layer_one), hf_config())
+    convert(tmp_path / "src", tmp_path / "dst", Options())
+    written = json.loads((tmp_path / "dst/config.json").read_text())
+    assert native_config(written) == written
+
+
+# --- files beside the tensors ---
+
+
+def test_other_files_are_copied_only_where_they_belong(layer_one, tmp_path, capsys):
+    source = small.write(tmp_path / "src", small.native_dtypes(layer_one), small.config(None))
+    for file in ("model.gguf", "pytorch_model.bin", "consolidated.pth"):
+        (source / file).write_bytes(b"0" * 100)
+    (source / "encoding/deep").mkdir(parents=True)
+    (source / "encoding/deep/encode.py").write_text("pass")
+    (source / "LICENSE").write_text("MIT")
+    convert(source, tmp_path / "dst", Options())
+    written = {str(path.relative_to(tmp_path / "dst")) for path in (tmp_path / "dst").rglob("*")}
+    assert {"LICENSE", "encoding/deep/encode.py", "tokenizer.json"} <= written
+    assert not {"model.gguf", "pytorch_model.bin", "consolidated.pth"} & written
+    assert "not copied, no part of a checkpoint: consolidated.pth, model.gguf" in capsys.readouterr().err
+
+
+def test_other_files_count_towards_the_disk(layer_one, tmp_path, monkeypatch):
+    source = small.write(tmp_path / "src", small.native_dtypes(layer_one), small.config(None))
+    with (source / "vocabulary.txt").open("wb") as file:
+        file.truncate(10**12)  # sparse
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**11))
+    with pytest.raises(CheckpointError, match=r"the conversion needs 1000\.\d GB more"):
+        convert(source, tmp_path / "dst", Options())
+
+
+def test_other_files_are_flushed_before_config_json(layer_one, tmp_path, monkeypatch):
+    source = small.write(tmp_path / "src", small.native_dtypes(layer_one), small.config(None))
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    convert(source, tmp_path / "dst", Options())
+    order = [name.removesuffix(".partial") for name in flushed]
+    assert order.index("tokenizer.json") < order.index("config.json")
 
 
 # --- served ---

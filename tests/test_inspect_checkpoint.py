@@ -7,13 +7,17 @@ import struct
 from io import BytesIO
 from pathlib import Path
 
+import checkpoints
 import pytest
 import small_checkpoints as small
+import test_dialects
 from server import DEMO
 
+from checkpoint.config import native_config
 from checkpoint.folder import Folder, read_checkpoint, read_index
 from checkpoint.headers import CheckpointError, read_header
 from checkpoint.inspect import inspect, main
+from cutedsl_nvfp4.vllm import checkpoint_config
 
 
 def with_header(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -207,7 +211,26 @@ def test_config_that_cannot_be_completed_is_a_problem(tmp_path, demo_tensors):
     contents = json.loads((DEMO / "config.json").read_text())
     del contents["compress_ratios"]
     small.write(tmp_path / "src", demo_tensors, contents)
-    assert "'layer_types')" in problems(tmp_path / "src") and "original model" in problems(tmp_path / "src")
+    found = problems(tmp_path / "src")
+    assert "lacks compress_ratios, and nothing in it tells" in found and "original model" in found
+
+
+@pytest.mark.parametrize(
+    "change, words", test_dialects.test_what_cannot_be_repaired_is_refused.pytestmark[0].args[1]
+)
+def test_config_the_server_refuses_is_refused(change, words):
+    contents = json.loads(json.dumps(checkpoints.transformers_names(*checkpoints.demo())[1]))
+    change(contents)
+    with pytest.raises(CheckpointError, match=words):
+        native_config(contents)
+
+
+def test_config_is_repaired_as_the_server_repairs_it():
+    contents = checkpoints.transformers_names(*checkpoints.demo())[1]
+    theirs = checkpoint_config.native_config(contents)
+    assert native_config(contents) == {key: value for key, value in theirs.items() if key != "topk_method"}
+    contents["compress_rates"] = {**contents["compress_rates"], "compressed_sparse_attention": 8}
+    assert native_config(contents)["compress_ratios"] == [0, 8, 128]
 
 
 def test_foreign_names_and_layouts_are_told(tmp_path, demo_tensors):
@@ -271,6 +294,11 @@ def test_command_prints_table_and_json(native, tmp_path, capsys):
     assert "MXFP4" in out and "no problems found" in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["nbytes"] == sum(row["nbytes"] for row in report["rows"])
+
+
+def test_unwritable_report_is_an_error_not_a_traceback(native, tmp_path, capsys):
+    assert main([str(native), "--json", str(tmp_path / "nowhere/report.json")]) == 1
+    assert "inspect_checkpoint: " in capsys.readouterr().err
 
 
 def test_command_fails_with_a_reason(tmp_path, capsys):

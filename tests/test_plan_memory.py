@@ -272,7 +272,13 @@ def test_every_choice_is_in_the_flags_and_vllm_takes_them(capsys):
 
 def test_wrong_questions_are_errors(capsys):
     for arguments, words in (
-        (["pro", "8xH200", "--tp", "3"], "do not make 8 GPUs"),
+        (["pro", "8xH200", "--tp", "3"], "--tp 3 and --dp 1 do not make 8 GPUs"),
+        (["pro", "8xH200", "--tp", "0"], "--tp 0 and --dp 1 do not make 8 GPUs"),
+        (["pro", "8xH200", "--dp", "3"], "plan_memory: --dp 3 does not make 8 GPUs"),
+        (["pro", "8xH200", "--max-model-len", "0"], "--max-model-len = 0; the model's range is 1 to"),
+        (["pro", "8xH200", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
+        (["pro", "8xH200", "--max-num-batched-tokens", "0"], "--max-num-seqs must be at least 1"),
+        (["pro", "8xH200", "--gpu-memory-gib", "0"], "--gpu-memory-gib = 0"),
         (["pro", "8xH200", "--max-model-len", "2000000"], "the model's range is 1 to 1048576"),
         (["pro", "8xH200", "--gpu-memory-utilization", "90"], "it is a share"),
         (["/nowhere", "8xH200"], "neither a folder nor the id"),

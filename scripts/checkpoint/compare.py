@@ -121,12 +121,14 @@ def _matched(a: Contents, b: Contents, only: set[str]) -> tuple[list, list[str]]
         (a.parameters, b.parameters, lambda _: "rest"),
         (a.copied, b.copied, lambda _: "mtp"),
     ):
+        ours, theirs = (
+            {name: part for name, part in parts.items() if not only or kind_of(name) in only}
+            for parts in (ours, theirs)
+        )
         for label, names_only in (("A", ours.keys() - theirs.keys()), ("B", theirs.keys() - ours.keys())):
             if names_only:
                 notes.append(f"{len(names_only)} only in {label}, the first {min(names_only)}")
         for name in sorted(ours.keys() & theirs.keys(), key=names.natural_order):
-            if only and kind_of(name) not in only:
-                continue
             if _shape(ours[name]) != _shape(theirs[name]):
                 notes.append(
                     f"{name} is {list(_shape(ours[name]))} in A and {list(_shape(theirs[name]))} in B"
@@ -224,8 +226,19 @@ def draw(found: list[Difference], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def _check(found: list[Difference], notes: list[str], least: float) -> int:
+    """--at-least: 1, with the reason on stderr, unless everything was compared and nothing is below `least` dB."""
+    below = bool(found) and badness(found[0]) < least
+    if below:
+        print(f"{found[0].name} is at {_db(found[0].snr_db)} dB, below {least:g}", file=sys.stderr)
+    reasons = notes if found else [*notes, "no tensor is in both"]
+    if reasons:
+        print(f"not everything could be compared: {'; '.join(reasons)}", file=sys.stderr)
+    return 1 if below or reasons else 0
+
+
 def main(arguments: list[str]) -> int:
-    """Exit status 0: compared; 1: they could not be, or, with --at-least, a tensor is noisier than that."""
+    """Exit status 0: compared; 1: they could not be, or with --at-least not all of them, or a tensor is noisier."""
     parser = argparse.ArgumentParser(
         prog="compare_checkpoints",
         description="Signal to noise of B's weights against A's, worst tensor first.",
@@ -259,7 +272,4 @@ def main(arguments: list[str]) -> int:
     except (CheckpointError, OSError) as error:
         print(f"compare_checkpoints: {error}", file=sys.stderr)
         return 1
-    if args.at_least is not None and found and badness(found[0]) < args.at_least:
-        print(f"{found[0].name} is at {_db(found[0].snr_db)} dB, below {args.at_least:g}", file=sys.stderr)
-        return 1
-    return 0
+    return 0 if args.at_least is None else _check(found, notes, args.at_least)

@@ -191,6 +191,17 @@ def plan_conversion(contents: Contents, options: Options) -> Conversion:
         and any(linear.format == "fp8" for linear in others)
         and not any(linear.format == "nvfp4" for linear in others)
     )
+    inexact = [
+        linear
+        for linear in others
+        if keeps_fp8 and linear.format == "fp8" and linear.scale.dtype != "F8_E8M0"
+    ]
+    if inexact:
+        raise CheckpointError(
+            f"{inexact[0].name} is FP8 with {inexact[0].scale.dtype} block scales, and {len(inexact) - 1} more "
+            f"linears are like it; beside NVFP4 experts vLLM reads FP8 only with e8m0 scales, which are powers of "
+            f"two. Leave --quantize out: all of it becomes NVFP4"
+        )
     jobs = _jobs(contents, options, keeps_fp8)
     nvfp4, plain = set(), {}
     for job in jobs:

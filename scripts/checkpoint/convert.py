@@ -15,15 +15,19 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
+from cutedsl_nvfp4.vllm.checkpoint_config import ARCHITECTURE, native_config
+
 from . import config, names
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
-from .folder import CONFIG, INDEX, Checkpoint, Folder, download, read_checkpoint
+from .folder import COMPANIONS, CONFIG, INDEX, Checkpoint, Folder, download, read_checkpoint
 from .headers import CheckpointError
+from .model import ratios
 from .shards import PARTIAL, Measured, ShardWriter
 
 JOURNAL = ".conversion.jsonl"
@@ -188,8 +192,35 @@ def _prepare_destination(destination: Path, source: Path, key: str) -> Journal |
     return Journal(destination, key)
 
 
-def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, dict]) -> None:
-    needed = sum(shard.nbytes for shard in conversion.shards if shard.file not in finished) + SPARE_BYTES
+def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """(files to copy beside the tensors, relative to the source; other files at its top, which stay behind)."""
+    source = checkpoint.source.path
+    others = sorted(
+        file
+        for file in checkpoint.files
+        if not file.endswith(".safetensors") and not file.startswith(".") and file not in _REPLACED
+    )
+    copied = [file for file in others if any(fnmatchcase(file, pattern) for pattern in COMPANIONS)]
+    nested = sorted(path for path in (source / "encoding").rglob("*") if path.is_file())
+    files = [Path(file) for file in copied] + [path.relative_to(source) for path in nested]
+    return files, [file for file in others if file not in copied]
+
+
+def _copy_file(source: Path, destination: Path) -> None:
+    """Copy so that `destination` is whole and flushed as soon as it exists."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(destination.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(destination)
+    _sync_folder(destination.parent)
+
+
+def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, dict], others: int) -> None:
+    """`others`: bytes of the files copied beside the tensors."""
+    shards = sum(shard.nbytes for shard in conversion.shards if shard.file not in finished)
+    needed = shards + others + SPARE_BYTES
     folder = next(path for path in (destination, *destination.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -268,18 +299,20 @@ def _record(conversion: Conversion, journal: Journal, options: Options, key: str
 
 
 def _finish(
-    checkpoint: Checkpoint, conversion: Conversion, journal: Journal, destination: Path, record: dict
+    source: Path,
+    companions: list[Path],
+    conversion: Conversion,
+    journal: Journal,
+    destination: Path,
+    native: dict,
+    record: dict,
 ) -> None:
-    """Copy the other files, then write what makes the folder a checkpoint: index, and config.json last of all."""
-    source = checkpoint.source.path
-    for file in sorted(checkpoint.files):
-        if file.endswith(".safetensors") or file.startswith(".") or file in _REPLACED:
-            continue
-        partial = destination / (file + PARTIAL)
-        shutil.copyfile(source / file, partial)
-        partial.rename(destination / file)
-    if (source / "encoding").is_dir():
-        shutil.copytree(source / "encoding", destination / "encoding", dirs_exist_ok=True)
+    """Copy the other files, then write what makes the folder a checkpoint: index, and config.json last of all.
+
+    `native`: the source's config.json in DeepSeek's keys.
+    """
+    for file in companions:
+        _copy_file(source / file, destination / file)
     outputs = [
         (output, shard.file) for shard in conversion.shards for job in shard.jobs for output in job.outputs
     ]
@@ -292,13 +325,27 @@ def _finish(
     _write_json(destination / RECORD, record)
     _write_json(destination / INDEX, index)
     if conversion.keeps_fp8:
-        final = config.experts_only_config(checkpoint.config)
+        final = config.experts_only_config(native)
     else:
-        final = config.modelopt_config(checkpoint.config, set(conversion.nvfp4))
+        final = config.modelopt_config(native, set(conversion.nvfp4))
     _sync_folder(destination)
     _write_json(destination / CONFIG, final)
     _sync_folder(destination)
     journal.path.unlink()
+
+
+def served_config(contents: dict) -> dict:
+    """config.json's contents in DeepSeek's keys, by the server's own rules; CheckpointError for what it refuses."""
+    try:
+        native = native_config({**contents, "architectures": [ARCHITECTURE]})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json cannot be read ({type(error).__name__}: {error}); take it from the original model"
+        ) from None
+    ratios(native)
+    return native
 
 
 def convert(source: Path, destination: Path, options: Options, jobs: int = 1, device: str = "cpu") -> dict:
@@ -308,9 +355,10 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     asked, a destination that holds something else, or a disk that is too small.
     """
     checkpoint = read_checkpoint(Folder(source))
+    native = served_config(checkpoint.config)
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     conversion = plan_conversion(contents, options)
-    config.native_config(checkpoint.config)  # refuses what it cannot complete, before the work
+    companions, left_behind = _companions(checkpoint)
     stats = {tensor.file: os.stat(source / tensor.file) for tensor in checkpoint.tensors.values()}
     key = conversion_key(
         conversion, options, {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
@@ -318,15 +366,18 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     journal = _prepare_destination(destination, source, key)
     if journal is None:
         return json.loads((destination / RECORD).read_text())
-    _check_disk(destination, conversion, journal.finished)
+    others = sum((source / file).stat().st_size for file in companions)
+    _check_disk(destination, conversion, journal.finished, others)
     destination.mkdir(parents=True, exist_ok=True)
     journal.begin()
     for note in conversion.notes:
         print(f"note: {note}", file=sys.stderr)
+    if left_behind:
+        print(f"note: not copied, no part of a checkpoint: {', '.join(left_behind)}", file=sys.stderr)
     try:
         _run_shards(conversion, journal, source, destination, options, jobs, device)
         record = _record(conversion, journal, options, key)
-        _finish(checkpoint, conversion, journal, destination, record)
+        _finish(source, companions, conversion, journal, destination, native, record)
     finally:
         journal.close()
     return record

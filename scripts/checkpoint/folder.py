@@ -14,6 +14,8 @@ from .headers import CheckpointError, Tensor, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+# what belongs to a checkpoint beside its tensors: configs, tokenizer, code and license
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "encoding/*")
 MAX_JSON_BYTES = 256_000_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -110,7 +112,7 @@ def download(location: str, revision: str | None = None) -> Folder:
         return Folder(Path(location))
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "encoding/*"]
+    patterns = ["*.safetensors", *COMPANIONS]
     with _hub_errors(location):
         return Folder(Path(snapshot_download(location, revision=revision, allow_patterns=patterns)))
 

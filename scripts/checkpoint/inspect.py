@@ -7,6 +7,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from . import names
 from .dialects import Contents, Linear, read_contents
@@ -259,16 +260,15 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         report = inspect(args.checkpoint, args.revision)
+        if args.json != "-":
+            print_report(report)
+        if args.json:
+            text = json.dumps({**asdict(report), "nbytes": report.nbytes}, indent=1)
+            if args.json == "-":
+                print(text)
+            else:
+                Path(args.json).write_text(text + "\n", encoding="utf-8")
     except (CheckpointError, OSError) as error:
         print(f"inspect_checkpoint: {error}", file=sys.stderr)
         return 1
-    if args.json != "-":
-        print_report(report)
-    if args.json:
-        text = json.dumps({**asdict(report), "nbytes": report.nbytes}, indent=1)
-        if args.json == "-":
-            print(text)
-        else:
-            with open(args.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
     return 0

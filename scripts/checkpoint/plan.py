@@ -126,6 +126,10 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
 def _advice(config: dict, contents: Contents | None, gpu: Gpu, parallel: Parallel, request: Request) -> str:
     """What would make it fit, tried out."""
     for label, changed in (
@@ -163,16 +167,19 @@ def main(arguments: list[str]) -> int:
     try:
         name, config, contents = load_model(args.model, args.revision)
         count, gpu = parse_gpus(args.gpus)
-        if args.gpu_memory_gib:
+        if args.gpu_memory_gib is not None:
+            if args.gpu_memory_gib <= 0:
+                raise CheckpointError(f"--gpu-memory-gib = {args.gpu_memory_gib:g}; it must be above 0")
             gpu = replace(gpu, memory_gib=args.gpu_memory_gib)
-        if args.dp < 1 or count % args.dp or (args.tp and args.tp * args.dp != count):
-            raise CheckpointError(f"--tp {args.tp} and --dp {args.dp} do not make {count} GPUs")
-        parallel = Parallel(args.tp or count // args.dp, args.dp, args.ep)
+        if args.dp < 1 or count % args.dp or (args.tp is not None and args.tp * args.dp != count):
+            given = f"--dp {args.dp} does" if args.tp is None else f"--tp {args.tp} and --dp {args.dp} do"
+            raise CheckpointError(f"{given} not make {count} GPUs")
+        parallel = Parallel(_given(args.tp, count // args.dp), args.dp, args.ep)
         check_parallel(config, parallel)
         request = Request(
-            args.max_model_len or config["max_position_embeddings"],
-            args.max_num_batched_tokens or gpu.default_batched_tokens,
-            args.max_num_seqs or gpu.default_seqs,
+            _given(args.max_model_len, config["max_position_embeddings"]),
+            _given(args.max_num_batched_tokens, gpu.default_batched_tokens),
+            _given(args.max_num_seqs, gpu.default_seqs),
             args.gpu_memory_utilization,
             args.indexer_fp4,
         )

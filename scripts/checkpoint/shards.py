@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from cutedsl_nvfp4.format import check_block_scales
+
 from . import quantize
 from .conversion import QUANTIZE, RELABEL, WIDEN, Job, Output, Shard
 from .dialects import Linear
@@ -158,12 +160,19 @@ class ShardWriter:
             self._put(outputs[f"{linear.name}.weight"], values.bfloat16(), first)
 
     def _copy_linear(self, linear: Linear, outputs: dict[str, Output]) -> None:
+        if linear.format != "nvfp4":
+            self._rows(linear).amax()  # refuses NaN
         self._copy(linear.weight, outputs[f"{linear.name}.weight"])
         if linear.format != "nvfp4":
             if linear.scale is not None:
                 self._copy(linear.scale, outputs[f"{linear.name}.scale"])
             return
-        self._copy(linear.scale, outputs[f"{linear.name}.weight_scale"])
+        block_scales = self._read(linear.scale)
+        try:
+            check_block_scales(block_scales, f"{linear.name}.weight_scale")
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        self._put(outputs[f"{linear.name}.weight_scale"], block_scales)
         for leaf, scale in (("weight_scale_2", linear.global_scale), ("input_scale", linear.input_scale)):
             if scale is not None:
                 value = self._read(scale)
