@@ -55,7 +55,6 @@ def wide() -> list[Config]:
             Wide(1, 192, 1, 3, ctas_per_sm=2),
             Wide(1, 192, 1, 3, ctas_per_sm=2, persistent=True),
             Wide(1, 256, 1, 2, ctas_per_sm=2, persistent=True),
-            Wide(2, 96, 1, 4, ctas_per_sm=2, persistent=True),
             Wide(2, 64, 2, 3, ctas_per_sm=2),
             Wide(2, 96, 1, 5, ctas_per_sm=2),
             Wide(2, 192, 1, 6, persistent=True),

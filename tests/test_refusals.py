@@ -4,10 +4,19 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig, set_current_vllm_config
+import torch
+from vllm.config import (
+    KernelConfig,
+    ModelConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.kernels.linear import init_nvfp4_linear_kernel
 
+from cutedsl_nvfp4.support import Layout
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.refusals import refuse_unsupported
 
@@ -26,9 +35,8 @@ def with_lora(config):
 
 
 def with_eplb(config):
-    config.parallel_config = stand_in(
-        ParallelConfig, enable_eplb=True
-    )  # vLLM makes the real one on GPUs only
+    # vLLM makes the real one on GPUs only
+    config.parallel_config = stand_in(ParallelConfig, enable_eplb=True, data_parallel_size=1)
 
 
 def with_sleep_mode(config):
@@ -55,9 +63,9 @@ def config() -> VllmConfig:
 
 
 def test_the_default_configuration_is_served(config):
-    refuse_unsupported(config, KERNEL)
+    refuse_unsupported(config, KERNEL, Layout.PLAIN)
     config.model_config = stand_in(ModelConfig, enable_sleep_mode=False)
-    refuse_unsupported(config, KERNEL)
+    refuse_unsupported(config, KERNEL, Layout.PLAIN)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -65,7 +73,7 @@ def test_option_is_refused_by_name(config, option):
     enable, remedy = OPTIONS[option]
     enable(config)
     with pytest.raises(ValueError) as error:
-        refuse_unsupported(config, KERNEL)
+        refuse_unsupported(config, KERNEL, Layout.PLAIN)
     message = str(error.value)
     assert message.startswith(f"{KERNEL} does not support {option}") and remedy in message
     assert [other for other in OPTIONS if other in message] == [option]
@@ -75,7 +83,7 @@ def test_every_refused_option_is_in_one_message(config):
     for enable, _ in OPTIONS.values():
         enable(config)
     with pytest.raises(ValueError) as error:
-        refuse_unsupported(config, KERNEL)
+        refuse_unsupported(config, KERNEL, Layout.PLAIN)
     assert [option for option in OPTIONS if option in str(error.value)] == list(OPTIONS)
 
 
@@ -90,3 +98,34 @@ def test_a_layer_is_not_built_under_a_refused_option():
         pytest.raises(ValueError, match=f"{KERNEL} does not support --enable-lora"),
     ):
         init_nvfp4_linear_kernel()
+
+
+def with_all2all(config, backend: str) -> None:
+    config.parallel_config = stand_in(
+        ParallelConfig,
+        enable_eplb=False,
+        data_parallel_size=2,
+        enable_expert_parallel=True,
+        all2all_backend=backend,
+    )
+
+
+def test_all2all_backends_of_other_formats_are_refused_unless_another_moe_backend_is_named(config):
+    with_all2all(config, "allgather_reducescatter")
+    refuse_unsupported(config, KERNEL, Layout.SM90)
+    with_all2all(config, "deepep_low_latency")
+    with pytest.raises(
+        ValueError, match=r"--all2all-backend deepep_low_latency: .*use allgather_reducescatter"
+    ):
+        refuse_unsupported(config, KERNEL, Layout.SM90)
+    config.kernel_config = stand_in(KernelConfig, moe_backend="humming")
+    refuse_unsupported(config, KERNEL, Layout.SM90)
+
+
+def test_float16_is_refused_where_the_kernels_multiply_bfloat16(config):
+    config.model_config = stand_in(ModelConfig, enable_sleep_mode=False, dtype=torch.bfloat16)
+    refuse_unsupported(config, KERNEL, Layout.SM90)
+    config.model_config = stand_in(ModelConfig, enable_sleep_mode=False, dtype=torch.float16)
+    refuse_unsupported(config, KERNEL, Layout.PLAIN)
+    with pytest.raises(ValueError, match="--dtype float16: the Hopper kernels multiply bfloat16"):
+        refuse_unsupported(config, KERNEL, Layout.SM90)

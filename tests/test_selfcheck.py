@@ -75,6 +75,33 @@ def test_planted_fault_is_caught_and_named(random_weight, fault):
     assert ("not written" if fault == "dropped_tile" else "relative error") in message
 
 
+def test_weights_of_zeros_pass(random_weight):
+    codes, scales = random_weight(64, 128)
+    operands = prepare_linear(
+        codes, torch.zeros_like(scales.view(torch.uint8)).view(scales.dtype), torch.tensor([1.0]), [64],
+        layout=Layout.SM90,
+    )  # fmt: skip
+    zeros = Layer("zeros", operands, torch.bfloat16)
+    (tile,) = list(zeros.tiles(1, False))
+    assert selfcheck.check_product(zeros, 1, tile, torch.Generator(), emulated) == 0
+
+
+def test_any_error_names_the_layer(random_weight):
+    def runs_out_of_memory(inputs, layer, tile, out):
+        raise MemoryError("32 MB")
+
+    with pytest.raises(SelfCheckFailed, match=r"model\.layers\.3\.attn\.wo_b .*: MemoryError: 32 MB"):
+        selfcheck.check_layers([layer(random_weight)], 64, False, Report(), runs_out_of_memory)
+
+
+def test_experts_meet_the_tokens_of_all_data_parallel_ranks(random_weight):
+    from dataclasses import replace
+
+    alone = experts_layer(random_weight)
+    together = replace(alone, ranks=64)
+    assert set(alone.tiles(8, False)) < set(together.tiles(8, False))
+
+
 def test_every_tile_is_checked_on_the_first_layer_of_a_shape_and_all_layers_are(random_weight):
     layers = [layer(random_weight, name=str(i)) for i in range(5)]
     planned = list(selfcheck.products(layers, 4096, False))
@@ -123,7 +150,9 @@ def test_experts_of_other_ranks_add_nothing(random_weight):
     def adds_something(inputs, layer, tile, out):
         out.fill_(1e-3)
 
-    with pytest.raises(SelfCheckFailed, match="without a local expert"):
+    with pytest.raises(
+        SelfCheckFailed, match="without a local expert, or whose experts are zeros, got a result"
+    ):
         selfcheck.check_experts(elsewhere, m, tiles, generator, adds_something)
 
 
@@ -155,7 +184,7 @@ def tests_are_importable(monkeypatch):
 def test_child_checks_every_kernel(tmp_path):
     kernels = [KERNEL, kernel_name(*list(shipped_kernels().values())[-1]), next(iter(tiles_by_name()))]
     errors = selfcheck.check_in_child(
-        kernels, "cpu", child(tmp_path, "print('noise')\nselfcheck.serve_child(emulated)")
+        kernels, "cpu", command=child(tmp_path, "print('noise')\nselfcheck.serve_child(emulated)")
     )
     assert len(errors) == 3 and all(0 < error <= 1 for error in errors)
 
@@ -164,13 +193,14 @@ def test_child_checks_every_kernel(tmp_path):
 def test_fault_in_the_child_names_the_kernel(tmp_path, fault):
     with pytest.raises(SelfCheckFailed, match=rf"running {KERNEL}.*SelfCheckFailed: ") as failed:
         selfcheck.check_in_child(
-            [KERNEL], "cpu", child(tmp_path, f"selfcheck.serve_child(PLANTED[{fault!r}])")
+            [KERNEL], "cpu", command=child(tmp_path, f"selfcheck.serve_child(PLANTED[{fault!r}])")
         )
     assert ("not written" if fault == "dropped_tile" else "relative error") in str(failed.value)
 
 
 CRASHES = "def crash(*_):\n    os.abort()\nselfcheck.serve_child(crash)"
 HANGS = "def hang(*_):\n    time.sleep(600)\nselfcheck.serve_child(hang)"
+DIES_LATE = "selfcheck.serve_child(emulated)\nos._exit(3)"
 ENDS_EARLY = "selfcheck.check_kernel = lambda *a: os._exit(0)\nselfcheck.serve_child()"
 
 
@@ -180,14 +210,18 @@ ENDS_EARLY = "selfcheck.check_kernel = lambda *a: os._exit(0)\nselfcheck.serve_c
         (CRASHES, rf"running {KERNEL}: the child process ended with status -6"),
         (HANGS, rf"running {KERNEL}: no answer for 1 s: it hangs"),
         (ENDS_EARLY, rf"running {KERNEL}: the child process ended with status 0: without a word"),
-        ("sys.exit('no such device')", "starting: the child process ended with status 1: no such device"),
+        (
+            "sys.exit('no such device')",
+            "starting: the child process ended with status 1: no such device; a GPU in",
+        ),
+        (DIES_LATE, "ending: the child process ended with status 3: without a word"),
     ],
-    ids=["crash", "hang", "ends early", "no device"],
+    ids=["crash", "hang", "ends early", "no device", "dies late"],
 )
 def test_child_that_does_not_answer_is_a_failure(tmp_path, monkeypatch, body, words):
     monkeypatch.setattr(selfcheck, "RUN_SECONDS", 1.0)
     with pytest.raises(SelfCheckFailed, match=words):
-        selfcheck.check_in_child([KERNEL], "cpu", child(tmp_path, body))
+        selfcheck.check_in_child([KERNEL], "cpu", command=child(tmp_path, body))
 
 
 def test_both_stages_are_reported(random_weight, tmp_path, monkeypatch):

@@ -50,9 +50,11 @@ def worker(random_weight):
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """Stage one passes without a child, stage two multiplies with the reference."""
-    monkeypatch.setattr(selfcheck, "check_in_child", lambda kernels, device, command: [0.5] * len(kernels))
+    monkeypatch.setattr(
+        selfcheck, "check_in_child", lambda kernels, device, topk, command: [0.5] * len(kernels)
+    )
     monkeypatch.setattr(selfcheck.check_layers, "__defaults__", (emulated,))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a test GPU")
+    monkeypatch.setattr(type(vllm_selfcheck.current_platform), "get_device_name", lambda *_: "a test GPU")
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
 
 
@@ -69,7 +71,13 @@ def test_failure_stops_the_start_and_says_what_to_do(worker, monkeypatch):
     monkeypatch.setattr(selfcheck.check_layers, "__defaults__", (PLANTED["doubled_scale"],))
     with pytest.raises(selfcheck.SelfCheckFailed) as failed:
         vllm_selfcheck.check_kernels(worker)
-    for words in ("a test GPU", "wq_a (N = 64, K = 128", "relative error", "--linear-backend NAME"):
+    for words in (
+        "a test GPU",
+        "wq_a (N = 64, K = 128",
+        "relative error",
+        "--linear-backend NAME",
+        "--moe-backend NAME",
+    ):
         assert words in str(failed.value)
     assert not hasattr(worker.get_model(), "nvfp4_self_check")
 

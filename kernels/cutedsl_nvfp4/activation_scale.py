@@ -23,9 +23,7 @@ from .settings import ActivationScale
 logger = logging.getLogger(__name__)
 
 LISTED = 8  # experts named in a report
-LOOSE = (
-    1024  # a scale this many times too large is reported; up to it NVFP4 loses nothing (docs/correctness.md)
-)
+LOOSE = 1024  # a scale this many times too large is reported; up to it NVFP4 loses nothing
 
 
 class ActivationScales:

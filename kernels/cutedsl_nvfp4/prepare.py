@@ -18,9 +18,7 @@ from .support import Layout
 class PreparedLinear:
     """Operands of one linear layer, logical weight [N, K]."""
 
-    codes: (
-        torch.Tensor
-    )  # PLAIN: uint8 [N, K/2]; SM90: int64 [P, KB, 256], each group's rows in panels of its own
+    codes: torch.Tensor  # PLAIN: uint8 [N, K/2]; SM90: int64 [P, KB, 256], panels within a group
     block_scales: torch.Tensor  # PLAIN: e4m3 [N, K/16]; SM90: int32 [P, KB, 64]
     row_scale: torch.Tensor  # f32 [N], the global scale of each row's segment
     n: int

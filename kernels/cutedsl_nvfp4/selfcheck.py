@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -37,9 +38,8 @@ EXPERT_TOKENS = 2  # the same for experts, of which each token meets several
 BF16_LIMIT = 1.5  # times the error of rounding the exact product to bf16
 F32_LIMIT = 2e-5  # relative, of a float32 result
 START_SECONDS = 120.0  # for the child to import torch and reach the device
-COMPILE_SECONDS = (
-    300.0  # for one kernel: compiling it, or for the first, tvm_ffi building its bridge to torch
-)
+# for one kernel: compiling it, or for the first, tvm_ffi building its bridge to torch
+COMPILE_SECONDS = 300.0
 RUN_SECONDS = 20.0  # for one kernel's products; they take milliseconds
 END_SECONDS = 10.0  # for the child to end after its last answer
 ANSWER = "self-check: "  # how a child's lines begin
@@ -102,6 +102,7 @@ class ExpertsLayer:
     expert_map: torch.Tensor | None = None  # int [known] -> local id or -1
     swiglu_limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
+    ranks: int = 1  # data-parallel ranks whose tokens meet here
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -120,9 +121,8 @@ class ExpertsLayer:
     def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[ExpertTiles, int]:
         """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
         experts, hidden, intermediate = self.sizes
-        return chosen_experts(
-            hidden, intermediate, self.topk, experts, self.known, max_tokens, batch_invariant
-        )
+        most = max_tokens * self.ranks
+        return chosen_experts(hidden, intermediate, self.topk, experts, self.known, most, batch_invariant)
 
     def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
         """Names of the kernels behind `tiles`, those of one choice together."""
@@ -248,6 +248,10 @@ def check_product(
     # over their size, or rows with a small global scale would not count
     off = (out[tokens][:, rows].double() - exact) / size
     norm = (exact / size).norm()
+    if norm == 0:
+        if bool(off.any()):
+            raise SelfCheckFailed("a weight of zeros gave a result")
+        return 0.0
     error = float(off.norm() / norm)
     limit = F32_LIMIT
     if layer.out_dtype != torch.float32:
@@ -289,12 +293,13 @@ def check_experts(
         .indices.to(torch.int32)
     )
     weights = torch.rand(m, layer.topk, device=device, generator=on_device) + 0.5
-    for width in (
-        intermediate,
-        hidden,
-    ):  # the kernels' scratch comes from this memory: what they leave out shows
-        torch.full((m * layer.topk, width), float("nan"), device=device, dtype=torch.bfloat16)
     out = torch.full((m, hidden), float("nan"), device=device, dtype=layer.out_dtype)
+    # the kernels' scratch comes from this memory: what they leave out shows
+    scratch = [
+        torch.full((m * layer.topk, width), float("nan"), device=device, dtype=torch.bfloat16)
+        for width in (intermediate, hidden)
+    ]
+    del scratch
     multiply((x, weights, ids), layer, tiles, out)
     _check_finite(out)
     local = ids.long() if layer.expert_map is None else layer.expert_map.long()[ids.long()]
@@ -311,9 +316,9 @@ def check_experts(
             exact[i] += by * (w2 @ h)
             rounded[i] += by * (w2 @ h.to(torch.bfloat16).double()).to(torch.bfloat16).double()
     off, norm = out[tokens].double() - exact, exact.norm()
-    if norm == 0:  # no expert of these tokens is local
+    if norm == 0:
         if bool(off.any()):
-            raise SelfCheckFailed("tokens without a local expert got a result")
+            raise SelfCheckFailed("tokens without a local expert, or whose experts are zeros, got a result")
         return 0.0
     error = float(off.norm() / norm)
     limit = BF16_LIMIT * float((rounded.to(layer.out_dtype).double() - exact).norm() / norm)
@@ -344,8 +349,8 @@ def synthetic(
     return Layer("synthetic", operands, out_dtype, bias)
 
 
-def synthetic_experts(device: torch.device, generator: torch.Generator) -> ExpertsLayer:
-    """A layer of five random experts out of eight, with ragged sizes."""
+def synthetic_experts(topk: int, device: torch.device, generator: torch.Generator) -> ExpertsLayer:
+    """A layer of five local random experts, with ragged sizes."""
     local, hidden, intermediate = 5, 272, 144
 
     def random(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -362,24 +367,25 @@ def synthetic_experts(device: torch.device, generator: torch.Generator) -> Exper
         *random(hidden, intermediate), torch.rand(local, generator=generator).to(device) + 0.5,
         layout=Layout.SM90, name="synthetic",
     )  # fmt: skip
-    expert_map = torch.tensor([2, -1, 0, 4, -1, 1, 3, -1], dtype=torch.int32, device=device)
-    return ExpertsLayer("synthetic", operands, 6, len(expert_map), expert_map, 2.0)
+    expert_map = torch.full((max(8, topk),), -1, dtype=torch.int32, device=device)
+    expert_map[:7] = torch.tensor([2, -1, 0, 4, -1, 1, 3], dtype=torch.int32, device=device)
+    return ExpertsLayer("synthetic", operands, topk, len(expert_map), expert_map, 2.0)
 
 
-def load_kernel(name: str) -> None:
+def load_kernel(name: str, topk: int) -> None:
     """Compile or load what `name` stands for."""
     if name in sm90_linear.shipped_kernels():
         sm90_linear.load(name)
     else:
-        sm90_experts.load_tiles(sm90_experts.tiles_by_name()[name], 6, torch.bfloat16)
+        sm90_experts.load_tiles(sm90_experts.tiles_by_name()[name], topk, torch.bfloat16)
 
 
-def check_kernel(name: str, device: torch.device, multiply: Multiply = multiply) -> float:
+def check_kernel(name: str, topk: int, device: torch.device, multiply: Multiply = multiply) -> float:
     """A linear kernel, or the kernels of one choice of experts' tiles, on small ragged problems -> worst error."""
     if name not in sm90_linear.shipped_kernels():
         tiles = sm90_experts.tiles_by_name()[name]
         generator = torch.Generator().manual_seed(0)
-        layer = synthetic_experts(device, generator)
+        layer = synthetic_experts(topk, device, generator)
         return max(check_experts(layer, m, tiles, generator, multiply) for m in (1, 2 * tiles.tokens + 3))
     tile, out_dtype, has_bias, aligned = sm90_linear.shipped_kernels()[name]
     generator = torch.Generator().manual_seed(0)
@@ -393,7 +399,7 @@ def check_kernel(name: str, device: torch.device, multiply: Multiply = multiply)
 
 
 def serve_child(multiply: Multiply = multiply) -> None:
-    """Read {"device": str, "kernels": [name]} from stdin; answer one line a step: {"phase", "kernel", "error"}."""
+    """Read {"device": str, "topk": int, "kernels": [name]} from stdin; answer {"phase", "kernel", "error"} a step."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
 
@@ -406,13 +412,14 @@ def serve_child(multiply: Multiply = multiply) -> None:
     say(phase="started")
     for name in request["kernels"]:
         if device.type == "cuda":
-            load_kernel(name)
+            load_kernel(name, request["topk"])
         say(phase="loaded", kernel=name)
-        say(phase="checked", kernel=name, error=check_kernel(name, device, multiply))
+        say(phase="checked", kernel=name, error=check_kernel(name, request["topk"], device, multiply))
     say(phase="done")
 
 
-CHILD = (sys.executable, "-m", "cutedsl_nvfp4.selfcheck")
+CHILD = (sys.executable, "-P", "-m", "cutedsl_nvfp4.selfcheck")  # -P: not what lies in the current folder
+TOPK = 6  # of DeepSeek-V4; what is checked where no layer says
 
 
 def _lines(stream) -> queue.Queue:
@@ -428,17 +435,40 @@ def _lines(stream) -> queue.Queue:
     return lines
 
 
-def check_in_child(kernels: list[str], device: str, command: tuple[str, ...] = CHILD) -> list[float]:
+def _rest(lines: queue.Queue) -> list[str]:
+    """What came until the end, or until nothing more does; without empty lines."""
+    said: list[str] = []
+    try:
+        while (line := lines.get(timeout=END_SECONDS)) is not None:
+            said.append(line.strip())
+    except queue.Empty:
+        pass  # a process of the child's holds the other end open
+    return [line for line in said if line]
+
+
+def check_in_child(
+    kernels: list[str], device: str, topk: int = TOPK, command: tuple[str, ...] = CHILD
+) -> list[float]:
     """Stage one for `kernels` -> the errors over their limits; SelfCheckFailed if one is wrong, crashes or hangs."""
+    here = str(Path(__file__).resolve().parent.parent)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH")))),
+    }
     child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     answers, complaints = _lines(child.stdout), _lines(child.stderr)
     errors: list[float] = []
     doing, seconds = "starting", START_SECONDS
     try:
         try:
-            child.stdin.write(json.dumps({"device": device, "kernels": kernels}))
+            child.stdin.write(json.dumps({"device": device, "topk": topk, "kernels": kernels}))
             child.stdin.close()
         except BrokenPipeError:
             pass  # it died before it read all: its status tells
@@ -463,16 +493,15 @@ def check_in_child(kernels: list[str], device: str, command: tuple[str, ...] = C
     finally:
         child.kill()  # of no effect on one that has ended
         child.wait()
-    if len(errors) != len(kernels):
-        said = [
-            line.strip() for line in iter(lambda: complaints.get(timeout=END_SECONDS), None) if line.strip()
-        ]
-        reason = next(
-            (line for line in reversed(said) if "Error" in line or "Failed" in line), (said or [""])[-1]
-        )
-        raise SelfCheckFailed(
-            f"{doing}: the child process ended with status {status}: {reason or 'without a word'}"
-        )
+    if len(errors) != len(kernels) or status != 0:
+        said = _rest(complaints)
+        telling = (line for line in reversed(said) if "Error" in line or "Failed" in line)
+        reason = next(telling, (said or ["without a word"])[-1])
+        if doing == "starting":
+            reason += (
+                "; a GPU in exclusive mode has no room for it (CUTEDSL_NVFP4_SELF_CHECK=off starts without)"
+            )
+        raise SelfCheckFailed(f"{doing}: the child process ended with status {status}: {reason}")
     return errors
 
 
@@ -509,6 +538,10 @@ def check_layers(
             report.add(check_one(layer, m, tile, generator, multiply))
         except SelfCheckFailed as failure:
             raise SelfCheckFailed(f"{layer.name} ({layer}, M = {m}, {tile}): {failure}") from None
+        except Exception as failure:
+            raise SelfCheckFailed(
+                f"{layer.name} ({layer}, M = {m}, {tile}): {type(failure).__name__}: {failure}"
+            ) from failure
     report.layers += len(layers)
 
 
@@ -524,7 +557,8 @@ def check(
     if layers:
         names = (name for layer in layers for name in layer.kernels(max_tokens, batch_invariant))
         kernels = list(dict.fromkeys(names))
-        for error in check_in_child(kernels, str(device), command):
+        topk = next((layer.topk for layer in layers if isinstance(layer, ExpertsLayer)), TOPK)
+        for error in check_in_child(kernels, str(device), topk, command):
             report.add(error)
         report.kernels = len(kernels)
         check_layers(layers, max_tokens, batch_invariant, report)

@@ -89,7 +89,7 @@ def test_planted_faults_are_caught_in_both_stages(tmp_path, fault):
         assert name in str(failed.value)
     command = child(tmp_path, f"selfcheck.serve_child(planted(selfcheck.multiply)[{fault!r}])")
     with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}.*SelfCheckFailed"):
-        selfcheck.check_in_child([KERNEL], "cuda:0", command)
+        selfcheck.check_in_child([KERNEL], "cuda:0", command=command)
 
 
 ILLEGAL_ADDRESS = """
@@ -114,6 +114,6 @@ selfcheck.serve_child(multiply)
 def test_crash_and_hang_cost_the_child_only(tmp_path, monkeypatch, body, words):
     monkeypatch.setattr(selfcheck, "RUN_SECONDS", 3.0)
     with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}") as failed:
-        selfcheck.check_in_child([KERNEL], "cuda:0", child(tmp_path, body))
+        selfcheck.check_in_child([KERNEL], "cuda:0", command=child(tmp_path, body))
     assert words in str(failed.value)
     assert float(torch.ones(4, device="cuda").sum()) == 4

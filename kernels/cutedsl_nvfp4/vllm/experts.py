@@ -26,7 +26,6 @@ from ..prepare import prepare_experts
 from .linear import current_support, refuse_second_preparation
 from .refusals import refuse_unsupported
 
-ALL2ALL_BACKENDS = ("allgather_reducescatter", "naive")  # those that hand over plain rows of tokens
 W13_INPUT, W2_INPUT = "w13 input", "w2 input"
 
 
@@ -39,7 +38,7 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         super().__init__(moe_config, quant_config)
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
-            refuse_unsupported(vllm_config, type(self).__name__)
+            refuse_unsupported(vllm_config, type(self).__name__, current_support(support.experts).layout)
         self.support = current_support(support.experts)
         self.quantize_activations = support.quantizes_activations(self.support.layout)
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self._supports_batch_invariance()
@@ -64,17 +63,6 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         found = current_support(support.experts)
         if not found:
             return False, found.reason
-        parallel = moe_config.moe_parallel_config
-        if parallel.use_all2all_kernels and parallel.all2all_backend not in ALL2ALL_BACKENDS:
-            return False, (
-                f"tokens come in vLLM's standard format, and --all2all-backend {parallel.all2all_backend} has another; "
-                f"use {' or '.join(ALL2ALL_BACKENDS)}"
-            )
-        if found.layout is support.Layout.SM90 and moe_config.in_dtype != torch.bfloat16:
-            return (
-                False,
-                f"the Hopper kernels multiply bfloat16 activations, --dtype is {moe_config.in_dtype}",
-            )
         return mk.FusedMoEExperts.is_supported_config(
             cls, moe_config, weight_key, activation_key, activation_format
         )

@@ -66,7 +66,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
         super().__init__(config)
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config is not None:
-            refuse_unsupported(vllm_config, type(self).__name__)
+            refuse_unsupported(vllm_config, type(self).__name__, current_support(support.linear).layout)
         self.support = current_support(support.linear)
         self.quantize_activations = support.quantizes_activations(self.support.layout)
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self.supports_batch_invariance()
@@ -86,12 +86,6 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
 
     @classmethod
     def can_implement(cls, config: NvFp4LinearLayerConfig) -> tuple[bool, str | None]:
-        vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is None or vllm_config.model_config is None:
-            return True, None
-        dtype = vllm_config.model_config.dtype
-        if current_support(support.linear).layout is support.Layout.SM90 and dtype != torch.bfloat16:
-            return False, f"the Hopper kernel multiplies bfloat16 activations, --dtype is {dtype}"
         return True, None
 
     def process_weights_after_loading(self, layer: Module) -> None:

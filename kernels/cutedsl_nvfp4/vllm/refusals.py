@@ -1,10 +1,13 @@
 """What this build does not serve on NVFP4 layers, refused by name before any weight is read."""
 
+import torch
 from torch.nn import Module
 from vllm.config import VllmConfig
 
+from ..support import Layout
 
-def refuse_unsupported(vllm_config: VllmConfig, kernel: str) -> None:
+
+def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | None) -> None:
     """Raise ValueError naming the option, why it cannot work with `kernel`, and what to do instead."""
     reasons = []
     if vllm_config.lora_config is not None:
@@ -22,6 +25,23 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str) -> None:
         reasons.append(
             f"--speculative-config (method {vllm_config.speculative_config.method!r}): the draft layers of "
             "DeepSeek-V4 NVFP4 checkpoints are not NVFP4 and have not been tested; leave it out"
+        )
+    parallel = vllm_config.parallel_config
+    if (
+        parallel.data_parallel_size > 1
+        and parallel.enable_expert_parallel
+        and parallel.all2all_backend != "allgather_reducescatter"
+        and vllm_config.kernel_config.moe_backend in ("auto", "cutedsl")
+    ):
+        reasons.append(
+            f"--all2all-backend {parallel.all2all_backend}: our experts take tokens as plain rows; use "
+            "allgather_reducescatter, or name another --moe-backend"
+        )
+    model = vllm_config.model_config
+    if layout is Layout.SM90 and model is not None and model.dtype != torch.bfloat16:
+        reasons.append(
+            f"--dtype {str(model.dtype).removeprefix('torch.')}: the Hopper kernels multiply bfloat16 activations; "
+            "leave --dtype out, or name another --linear-backend and --moe-backend"
         )
     if reasons:
         raise ValueError(f"{kernel} does not support " + "; ".join(reasons))

@@ -7,6 +7,7 @@ from torch.nn import Module
 from vllm import envs
 from vllm.distributed.parallel_state import get_world_group, model_parallel_is_initialized
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from .. import selfcheck, settings, support
 from ..prepare import PreparedExperts, PreparedLinear
@@ -34,6 +35,7 @@ def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfchec
     return selfcheck.ExpertsLayer(
         name, operands, config.experts_per_token, config.num_experts, module.expert_map,
         kernel.quant_config.gemm1_clamp_limit,
+        ranks=config.moe_parallel_config.dp_size * config.moe_parallel_config.pcp_size,
     )  # fmt: skip
 
 
@@ -69,29 +71,26 @@ def check_kernels(worker) -> None:
     """
     model = worker.get_model()
     layers = _layers(model)
-    if not layers:
-        model.nvfp4_self_check = {"verdict": "nothing to check: no GPU kernel of ours serves here"}
-        return
-    if settings.self_check() is settings.SelfCheck.OFF:
+    noted, failure = {"verdict": "nothing to check: no GPU kernel of ours serves here"}, None
+    if layers and settings.self_check() is settings.SelfCheck.OFF:
         logger.warning(
             "CUTEDSL_NVFP4_SELF_CHECK=off: %d NVFP4 layers serve from kernels that were not checked on this device",
             len(layers),
         )
-        model.nvfp4_self_check = {"verdict": "off"}
-        return
-    report, failure = None, None
-    try:
+        noted = {"verdict": "off"}
+    elif layers:
         tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
-        report = selfcheck.check(layers, worker.device, tokens, bool(envs.VLLM_BATCH_INVARIANT))
-    except selfcheck.SelfCheckFailed as error:
-        failure = str(error)
-    gc.collect()
-    torch.accelerator.empty_cache()
-    if failures := _agree(failure):
+        try:
+            noted = selfcheck.check(layers, worker.device, tokens, bool(envs.VLLM_BATCH_INVARIANT)).as_dict()
+        except Exception as error:  # told to all ranks, which wait for it
+            failure = error
+        gc.collect()
+        torch.accelerator.empty_cache()
+    if failures := _agree(str(failure) if failure else None):
         raise selfcheck.SelfCheckFailed(
-            f"an NVFP4 kernel failed its self-check on {torch.cuda.get_device_name()}: {'; '.join(failures)}. "
+            f"an NVFP4 kernel failed its self-check on {current_platform.get_device_name()}: {'; '.join(failures)}. "
             "Nothing is served from it. Report this; --linear-backend NAME, or for experts --moe-backend NAME (such as "
             "humming), serves with a kernel of vLLM's meanwhile"
-        )
-    model.nvfp4_self_check = report.as_dict()
-    logger.info("NVFP4 self-check: %s", model.nvfp4_self_check)
+        ) from failure
+    model.nvfp4_self_check = noted
+    logger.info("NVFP4 self-check: %s", noted)
