@@ -37,6 +37,24 @@ def read(paths: list[str]) -> dict:
     return times
 
 
+def by_problem(times: dict) -> dict:
+    """{(experts, hidden, intermediate, mean): {tiles: us}}: cases that `choose_experts` cannot tell apart share tiles.
+
+    The time is then that of the first case's best tiles, times the worst case's loss.
+    """
+    groups = defaultdict(list)
+    for (*problem, _), found in sorted(times.items(), key=lambda item: item[0]):
+        groups[tuple(problem)].append(found)
+    merged = {}
+    for problem, cases in groups.items():
+        measured = set.intersection(*(set(found) for found in cases))
+        best = min(cases[0].values())
+        merged[problem] = {
+            tiles: best * max(found[tiles] / min(found.values()) for found in cases) for tiles in measured
+        }
+    return merged
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +63,7 @@ def main() -> None:
     parser.add_argument("--gpu", required=True)
     parser.add_argument("--loss", type=float, default=0.03)
     arguments = parser.parse_args()
-    times = read(arguments.rows)
+    times = by_problem(read(arguments.rows))
     chosen = cover(times, arguments.loss)
     used = {key: min((t for t in chosen if t in found), key=found.get) for key, found in times.items()}
     tiles = [t for t in chosen if t in set(used.values())]
@@ -65,8 +83,8 @@ def main() -> None:
         "TABLE = {",
     ]
     layers = defaultdict(list)
-    for (experts, hidden, intermediate, mean, case), t in sorted(used.items(), key=lambda item: item[0]):
-        us = round(times[experts, hidden, intermediate, mean, case][t], 1)
+    for (experts, hidden, intermediate, mean), t in sorted(used.items(), key=lambda item: item[0]):
+        us = round(times[experts, hidden, intermediate, mean][t], 1)
         layers[experts, hidden, intermediate].append((round(mean, 5), tiles.index(t), us))
     for layer, rules in sorted(layers.items()):
         lines.append(f"    {layer}: (")
