@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cutedsl_nvfp4.vllm.checkpoint_config import native_fields
+
 from .headers import CheckpointError
 from .names import KINDS
 
@@ -15,123 +17,21 @@ _LAYERS = {
 }
 _ALWAYS_IGNORED = ("head", "lm_head", "*.ffn.gate", "*.attn_norm")
 _PRODUCER = {"name": "convert_checkpoint", "version": "1"}
-_COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
-_NEEDED = (
-    "num_hidden_layers",
-    "head_dim",
-    "compress_ratios",
-    "num_hash_layers",
-    "qk_rope_head_dim",
-    "rope_theta",
-    "compress_rope_theta",
-    "rope_scaling",
-)
-
-
-def _settle(native: dict, field: str, value: object, source: str) -> None:
-    """Set `field` to the `value` that `source` gives, unless config.json says something else about it."""
-    if value is not None and native.get(field) not in (None, value):
-        raise CheckpointError(
-            f"config.json contradicts itself: {field} is {native[field]!r}, but {source} gives {value!r}; "
-            f"remove the wrong one"
-        )
-    if value is not None:
-        native[field] = value
-
-
-def _settle_ratios(native: dict) -> None:
-    kinds, rates = native.pop("layer_types", None), native.pop("compress_rates", None) or {}
-    if kinds is None:
-        return
-    present = native.get("compress_ratios")
-    unknown = sorted(set(kinds) - {"sliding_attention", *_COMPRESSED})
-    absent = sorted((set(kinds) & set(_COMPRESSED)) - rates.keys())
-    if unknown or (absent and present is None):
-        raise CheckpointError(
-            "config.json: layer_types cannot be turned into compress_ratios: "
-            + (f"unknown kinds {unknown}" if unknown else f"compress_rates says nothing about {absent}")
-            + "; add compress_ratios, one number per layer (0, 4 or 128)"
-        )
-    if not absent:
-        ratios = [0 if kind == "sliding_attention" else rates[kind] for kind in kinds]
-        ratios += (present or [])[len(ratios) :]  # of the draft layers
-        _settle(native, "compress_ratios", ratios, "layer_types and compress_rates")
-
-
-def _settle_hash_layers(native: dict) -> None:
-    kinds = native.pop("mlp_layer_types", None)
-    if kinds is None:
-        return
-    count = kinds.count("hash_moe")
-    if kinds != ["hash_moe"] * count + ["moe"] * (len(kinds) - count):
-        raise CheckpointError(
-            f"config.json: mlp_layer_types must be hash_moe layers followed by moe layers, got {kinds}; vLLM knows "
-            f"a number of hash layers only"
-        )
-    _settle(native, "num_hash_layers", count, "mlp_layer_types")
-
-
-def _settle_rope(native: dict) -> None:
-    nested = native.get("rope_parameters")
-    if not isinstance(nested, dict) or not nested.keys() & {"main", "compress"}:
-        return
-    del native["rope_parameters"]
-    if not all(isinstance(nested.get(part), dict) for part in ("main", "compress")):
-        raise CheckpointError(
-            f"config.json: rope_parameters must hold both main and compress, got {sorted(nested)}; give rope_theta, "
-            f"compress_rope_theta and rope_scaling instead"
-        )
-    scaling = dict(nested["compress"])
-    factor = scaling.pop("attention_factor", 1.0)
-    if factor != 1.0:
-        raise CheckpointError(
-            f"config.json: rope_parameters.compress.attention_factor is {factor}; DeepSeek-V4 does not scale its "
-            f"rotary embedding, and vLLM's implementation cannot"
-        )
-    partial = scaling.pop("partial_rotary_factor", None)
-    if native.get("partial_rotary_factor") is None:
-        native["partial_rotary_factor"] = partial
-    _settle(native, "rope_theta", nested["main"].get("rope_theta"), "rope_parameters.main")
-    _settle(native, "compress_rope_theta", scaling.pop("rope_theta", None), "rope_parameters.compress")
-    present = native.get("rope_scaling")
-    shared = {key: value for key, value in (present or {}).items() if key in scaling}
-    if present is None or {**scaling, **shared} != scaling:
-        _settle(native, "rope_scaling", scaling, "rope_parameters.compress")
 
 
 def native_config(config: dict) -> dict:
     """A config.json with DeepSeek's keys: what transformers derived from them is put back, the rest is kept.
 
-    The rules are the server's (cutedsl_nvfp4.vllm.checkpoint_config, which needs torch; the converter calls that
-    one). CheckpointError for what the server refuses too: missing, contradictory, or beyond vLLM's model.
+    The rules are the server's. CheckpointError for what it refuses: missing, contradictory, or beyond vLLM's model.
     """
-    native = dict(config)
     try:
-        _settle_ratios(native)
-        _settle_hash_layers(native)
-        _settle_rope(native)
-        partial = native.pop("partial_rotary_factor", None)
-        if partial is not None and native.get("head_dim") is not None:
-            dim = int(native["head_dim"] * partial)
-            _settle(native, "qk_rope_head_dim", dim, "head_dim * partial_rotary_factor")
+        return native_fields(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"config.json cannot be read ({type(error).__name__}: {error}); take it from the original model"
         ) from None
-    missing = [field for field in _NEEDED if native.get(field) is None]
-    if native.get("rope_parameters") and "rope_scaling" in missing:
-        missing.remove("rope_scaling")
-    if missing:
-        raise CheckpointError(
-            f"config.json lacks {', '.join(missing)}, and nothing in it tells what they were; copy them from the "
-            f"config.json of the original model"
-        )
-    layers, ratios = native["num_hidden_layers"], native["compress_ratios"]
-    if len(ratios) < layers:
-        raise CheckpointError(
-            f"config.json: {len(ratios)} compress_ratios for {layers} layers; add the others"
-        )
-    return native
 
 
 def _written(config: dict, quantization: dict) -> dict:

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 
-from cutedsl_nvfp4.vllm.checkpoint_config import ARCHITECTURE, native_config
-
 from . import config, names
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
@@ -334,20 +332,6 @@ def _finish(
     journal.path.unlink()
 
 
-def served_config(contents: dict) -> dict:
-    """config.json's contents in DeepSeek's keys, by the server's own rules; CheckpointError for what it refuses."""
-    try:
-        native = native_config({**contents, "architectures": [ARCHITECTURE]})
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"config.json cannot be read ({type(error).__name__}: {error}); take it from the original model"
-        ) from None
-    ratios(native)
-    return native
-
-
 def convert(source: Path, destination: Path, options: Options, jobs: int = 1, device: str = "cpu") -> dict:
     """Convert the checkpoint in `source` into `destination` -> the record; resumes what was begun there.
 
@@ -355,7 +339,8 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     asked, a destination that holds something else, or a disk that is too small.
     """
     checkpoint = read_checkpoint(Folder(source))
-    native = served_config(checkpoint.config)
+    native = config.native_config(checkpoint.config)
+    ratios(native)  # or refused
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     conversion = plan_conversion(contents, options)
     companions, left_behind = _companions(checkpoint)

@@ -1,14 +1,14 @@
 """config.json in transformers' or an exporter's words -> in DeepSeek's, which vLLM's DeepSeek-V4 reads.
 
 Every value comes from the file itself. What the file does not say is refused with the name of the missing
-field; what was translated is logged, once. Imports no vLLM: the patched modules import this one.
+field; what was translated is logged, once. Imports no vLLM, because the patched modules import this one, and
+torch only for compressed-tensors: scripts/checkpoint/ reads configs by the same rules, with Python 3.9 alone.
 """
 
 import logging
 from typing import Any
 
 from . import layers
-from .compressed_tensors import native_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,6 @@ class _Repair:
             dim = int(self.fields["head_dim"] * partial)
             self.settle("qk_rope_head_dim", dim, "head_dim * partial_rotary_factor")
 
-    def topk_method(self) -> None:
-        """transformers has no such field: its routers always add a bias, which DeepSeek calls noaux_tc."""
-        if self.fields.get("topk_method") is None:
-            self.settle("topk_method", "noaux_tc", "the architecture, whose routers have a bias")
-
 
 def native_config(fields: dict[str, Any]) -> dict[str, Any]:
     """Contents of config.json -> the same with every field vLLM's DeepSeek-V4 needs, under DeepSeek's names.
@@ -132,12 +127,21 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
     """
     if fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
         return fields  # draft models have configs of their own
+    native = native_fields(fields)
+    if native.get("topk_method") is None:
+        # transformers has no such field: its routers always add a bias, which DeepSeek calls noaux_tc
+        native["topk_method"] = "noaux_tc"
+        _report("topk_method = 'noaux_tc', from the architecture, whose routers have a bias")
+    return native
+
+
+def native_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """`native_config` of a DeepSeek-V4, as far as the file itself tells."""
     repair = _Repair(fields)
     repair.compress_ratios()
     repair.num_hash_layers()
     repair.rope()
     repair.qk_rope_head_dim()
-    repair.topk_method()
     missing = [
         field
         for field in _NEEDED
@@ -147,7 +151,7 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(
             f"config.json lacks {', '.join(missing)}, and nothing in it tells what they were; the exporter lost "
-            f"them. Copy them from the config.json of the model that was quantized"
+            f"them. Copy them from the config.json of the original model, the one that was quantized"
         )
     layer_count, ratios = repair.fields["num_hidden_layers"], repair.fields["compress_ratios"]
     if len(ratios) < layer_count:
@@ -167,6 +171,8 @@ def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, 
         return quantization
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
+        from .compressed_tensors import native_scheme
+
         native = native_scheme(quantization, layers.quantizable(config))
         _report(f"quantization_config: compressed-tensors, read as quant_method {native['quant_method']}")
         return native
