@@ -145,6 +145,7 @@ def shipped_kernels() -> dict[str, tuple]:
     return {kernel_name(*kernel): kernel for kernel in kernels}
 
 
+@cache
 def tiles_by_name() -> dict[str, ExpertTiles]:
     """{name: tiles} of every choice of tiles a served model's `run` can take; one is several kernels."""
     return {tiles_name(tiles): tiles for tiles in shipped_expert_tiles()}

@@ -4,11 +4,13 @@ import re
 import shutil
 import site
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from ..tiles import Config, Narrow, expert_widths
 
 
+@cache
 def tool(name: str) -> str:
     """Path of a CUDA binary tool, on PATH or from its PyPI package; raises FileNotFoundError where it is not."""
     found = shutil.which(name)
