@@ -108,12 +108,15 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--shapes", default=":", help="slice of the shape list")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS))
     parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
     first, _, last = arguments.shapes.partition(":")
     deadline = time.monotonic() + arguments.seconds
     peers, missing = [], {}
     for peer in PEERS:
+        if peer.name not in arguments.peers.split(","):
+            continue
         try:
             peers.append(peer())
         except ImportError as error:

@@ -114,4 +114,43 @@ class Humming:
         )
 
 
-PEERS = (Quack, Humming, CublasBf16)
+class Marlin:
+    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it."""
+
+    name = "marlin"
+    bytes_per_weight = 9 / 16
+
+    def __init__(self):
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+
+        self._context = lambda: set_current_vllm_config(VllmConfig())
+        self._marlin = marlin_utils_fp4
+
+    def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
+        layer = torch.nn.Module()
+        layer.output_size_per_partition, layer.input_size_per_partition = codes.shape[0], 2 * codes.shape[1]
+        layer.params_dtype = torch.bfloat16
+        for name, tensor in (
+            ("weight", codes.clone()),
+            ("weight_scale", block_scales.clone()),
+            ("weight_global_scale", torch.tensor(global_scale, device=codes.device)),
+        ):
+            setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
+        with self._context():
+            self._marlin.prepare_fp4_layer_for_marlin(layer)
+        return layer
+
+    def call(self, x: torch.Tensor, layer) -> torch.Tensor:
+        return self._marlin.apply_fp4_marlin_linear(
+            x,
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_global_scale,
+            None,
+            layer.output_size_per_partition,
+            layer.input_size_per_partition,
+        )
+
+
+PEERS = (Quack, Humming, Marlin, CublasBf16)

@@ -3,9 +3,10 @@
 
     PYTHONPATH=kernels:bench python3 bench/random_checkpoint.py OUT [--model flash] [--layers 4] [--experts 64]
 
-For timing and for comparing kernels on shapes that are served, where no trained checkpoint is needed: unlike
-`--load-format dummy`, every code occurs and no block scale is zero or negative. Weights have the size that keeps
-activations near one. All layers are hash-routed, so that two servers route alike. Uses the GPU if there is one.
+With --experts-only all but the routed experts is bf16: what stock vLLM can serve, too. For timing and for comparing
+kernels on shapes that are served, where no trained checkpoint is needed: unlike `--load-format dummy`, every code
+occurs and no block scale is zero or negative. Weights have the size that keeps activations near one. All layers are
+hash-routed, so that two servers route alike. Uses the GPU if there is one.
 """
 
 import argparse
@@ -48,8 +49,8 @@ def config(model: str, layers: int, experts: int | None, vocab: int) -> dict:
 class Writer:
     """Random tensors by name, and one safetensors file for each layer."""
 
-    def __init__(self, folder: Path, device: str):
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str, experts_only: bool):
+        self.folder, self.device, self.experts_only = folder, device, experts_only
         self.generator = torch.Generator(device).manual_seed(0)
         self.tensors: dict[str, torch.Tensor] = {}
         self.index: dict[str, str] = {}
@@ -70,6 +71,13 @@ class Writer:
         self.tensors[f"{name}.weight_scale"] = integers(0x38, 0x48, n, k // 16).view(torch.float8_e4m3fn)
         self.tensors[f"{name}.weight_scale_2"] = torch.tensor(1 / (CODE_RMS * SCALE_RMS * math.sqrt(k)))
 
+    def linear(self, name: str, n: int, k: int) -> None:
+        """A layer that is not a routed expert."""
+        if self.experts_only:
+            self.normal(f"{name}.weight", n, k, std=k**-0.5)
+        else:
+            self.nvfp4(name, n, k)
+
     def flush(self, file: str) -> None:
         save_file({n: t.cpu().contiguous() for n, t in self.tensors.items()}, self.folder / file)
         self.index |= dict.fromkeys(self.tensors, file)
@@ -88,29 +96,31 @@ def write_layer(writer: Writer, c: dict, layer: int) -> None:
         writer.normal(f"{prefix}.hc_{part}_base", HC * (HC + 2), std=0.5, dtype=torch.float32)
         writer.normal(f"{prefix}.hc_{part}_scale", 3, std=0.1, mean=0.5, dtype=torch.float32)
     writer.normal(f"{attn}.attn_sink", heads, std=0.5, dtype=torch.float32)
-    writer.nvfp4(f"{attn}.wq_a", c["q_lora_rank"], hidden)
-    writer.nvfp4(f"{attn}.wkv", 512, hidden)
-    writer.nvfp4(f"{attn}.wq_b", heads * 512, c["q_lora_rank"])
-    writer.nvfp4(f"{attn}.wo_a", c["o_groups"] * c["o_lora_rank"], heads * 512 // c["o_groups"])
-    writer.nvfp4(f"{attn}.wo_b", hidden, c["o_groups"] * c["o_lora_rank"])
+    writer.linear(f"{attn}.wq_a", c["q_lora_rank"], hidden)
+    writer.linear(f"{attn}.wkv", 512, hidden)
+    writer.linear(f"{attn}.wq_b", heads * 512, c["q_lora_rank"])
+    writer.linear(f"{attn}.wo_a", c["o_groups"] * c["o_lora_rank"], heads * 512 // c["o_groups"])
+    writer.linear(f"{attn}.wo_b", hidden, c["o_groups"] * c["o_lora_rank"])
     compressors = [(f"{attn}.compressor", 512 if ratio == 128 else 1024, 512)] if ratio else []
     if ratio == 4:
         compressors.append((f"{attn}.indexer.compressor", 256, 128))
-        writer.nvfp4(f"{attn}.indexer.wq_b", c["index_n_heads"] * 128, c["q_lora_rank"])
-        writer.nvfp4(f"{attn}.indexer.weights_proj", c["index_n_heads"], hidden)
+        writer.linear(f"{attn}.indexer.wq_b", c["index_n_heads"] * 128, c["q_lora_rank"])
+        writer.linear(f"{attn}.indexer.weights_proj", c["index_n_heads"], hidden)
     for name, rows, norm in compressors:
-        writer.nvfp4(f"{name}.wkv", rows, hidden)
-        writer.nvfp4(f"{name}.wgate", rows, hidden)
+        writer.linear(f"{name}.wkv", rows, hidden)
+        writer.linear(f"{name}.wgate", rows, hidden)
         writer.normal(f"{name}.ape", ratio, rows, std=0.5, dtype=torch.float32)
         writer.normal(f"{name}.norm.weight", norm, std=0.1, mean=1.0)
     inner, experts = c["moe_intermediate_size"], c["n_routed_experts"]
     writer.normal(f"{ffn}.gate.weight", experts, hidden, std=hidden**-0.5)
     choices = torch.rand(c["vocab_size"], experts, generator=writer.generator, device=writer.device)
     writer.tensors[f"{ffn}.gate.tid2eid"] = choices.topk(c["num_experts_per_tok"]).indices.to(torch.int32)
-    for name in (f"{ffn}.shared_experts", *(f"{ffn}.experts.{e}" for e in range(experts))):
-        writer.nvfp4(f"{name}.w1", inner, hidden)
-        writer.nvfp4(f"{name}.w3", inner, hidden)
-        writer.nvfp4(f"{name}.w2", hidden, inner)
+    shared = f"{ffn}.shared_experts"
+    routed = [f"{ffn}.experts.{e}" for e in range(experts)]
+    for name, write in ((shared, writer.linear), *((name, writer.nvfp4) for name in routed)):
+        write(f"{name}.w1", inner, hidden)
+        write(f"{name}.w3", inner, hidden)
+        write(f"{name}.w2", hidden, inner)
     writer.flush(f"layer-{layer:03}.safetensors")
 
 
@@ -123,10 +133,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, help="routed experts of a layer (default: the model's)")
     parser.add_argument("--vocab", type=int, default=129280)
+    parser.add_argument("--experts-only", action="store_true", help="quantize only the routed experts")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)
     c = config(arguments.model, arguments.layers, arguments.experts, arguments.vocab)
-    writer = Writer(arguments.out, "cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.experts_only:
+        c["quantization_config"]["ignore"] += ["*.attn.*", "*.ffn.shared_experts*"]
+    writer = Writer(arguments.out, "cuda" if torch.cuda.is_available() else "cpu", arguments.experts_only)
     hidden = c["hidden_size"]
     writer.normal("embed.weight", c["vocab_size"], hidden)
     writer.normal("head.weight", c["vocab_size"], hidden, std=2 * hidden**-0.5)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 OURS = "cutedsl_nvfp4"
-PEERS = ("quack", "humming", "cublas_bf16")
+PEERS = ("quack", "humming", "marlin", "cublas_bf16")
 EXPERT_PEERS = ("humming", "marlin", "grouped_mm_bf16")
 
 
@@ -45,6 +45,7 @@ def linear_bars(rows: list[dict]) -> list[tuple[str, float, str, float]]:
         ("over Humming, M <= 64", speedup(rows, "humming", lambda m: m <= 64), ">=", 1.3),
         ("over Humming, M > 64", speedup(rows, "humming", lambda m: m > 64), ">=", 1.15),
         ("over quack", speedup(rows, "quack", lambda m: True), ">=", 1.1),
+        ("over Marlin", speedup(rows, "marlin", lambda m: True), ">=", 2.0),
         ("over cuBLAS bf16, M >= 512", speedup(rows, "cublas_bf16", lambda m: m >= 512), ">=", 1.0),
         ("rows above 1.35 x floor + 3 us, M <= 16", sum(d > 0 for d in decode), "<=", 0),
         ("over the floor, M >= 2048", geometric_mean(over_floor(rows, lambda m: m >= 2048)), "<=", 1.17),
