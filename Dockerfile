@@ -61,6 +61,10 @@ RUN set -eux; \
 # The smoke test needs Python alone: `docker compose run --rm smoke`.
 COPY --chmod=755 scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
 COPY --chmod=755 scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
+# Making checkpoints: docs/convert.md.
+COPY --chmod=755 scripts/convert_checkpoint scripts/calibrate_checkpoint scripts/compare_checkpoints \
+     scripts/inspect_checkpoint scripts/plan_memory /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 scripts/checkpoint/ /opt/cutedsl_nvfp4/scripts/checkpoint/
 
 # vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.
 ENV VLLM_PLUGINS=cutedsl_nvfp4 \

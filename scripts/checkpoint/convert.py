@@ -23,10 +23,21 @@ import torch
 from . import config, names
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
-from .folder import COMPANIONS, CONFIG, INDEX, Checkpoint, Folder, download, read_checkpoint
+from .folder import (
+    COMPANIONS,
+    CONFIG,
+    INDEX,
+    PARTIAL,
+    Checkpoint,
+    Folder,
+    download,
+    read_checkpoint,
+    sync_folder,
+    write_json,
+)
 from .headers import CheckpointError
 from .model import ratios
-from .shards import PARTIAL, Measured, ShardWriter
+from .shards import Measured, ShardWriter
 
 JOURNAL = ".conversion.jsonl"
 RECORD = "conversion.json"
@@ -156,24 +167,6 @@ class Journal:
         self._file.close()
 
 
-def _write_json(path: Path, content: dict) -> None:
-    """Write `content` so that `path` never exists half-written."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _prepare_destination(destination: Path, source: Path, key: str) -> Journal | None:
     """An empty or half-converted folder -> its journal; None if it already holds this very conversion."""
     if destination.resolve() == source.resolve():
@@ -212,7 +205,7 @@ def _copy_file(source: Path, destination: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.rename(destination)
-    _sync_folder(destination.parent)
+    sync_folder(destination.parent)
 
 
 def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, dict], others: int) -> None:
@@ -319,16 +312,16 @@ def _finish(
         "weight_map": {output.name: file for output, file in outputs},
     }
     if not conversion.keeps_fp8:
-        _write_json(destination / "hf_quant_config.json", config.hf_quant_config(set(conversion.nvfp4)))
-    _write_json(destination / RECORD, record)
-    _write_json(destination / INDEX, index)
+        write_json(destination / "hf_quant_config.json", config.hf_quant_config(set(conversion.nvfp4)))
+    write_json(destination / RECORD, record)
+    write_json(destination / INDEX, index)
     if conversion.keeps_fp8:
         final = config.experts_only_config(native)
     else:
         final = config.modelopt_config(native, set(conversion.nvfp4))
-    _sync_folder(destination)
-    _write_json(destination / CONFIG, final)
-    _sync_folder(destination)
+    sync_folder(destination)
+    write_json(destination / CONFIG, final)
+    sync_folder(destination)
     journal.path.unlink()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from .headers import CheckpointError, Tensor, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+PARTIAL = ".partial"  # ends the name of a file that is being written
 # what belongs to a checkpoint beside its tensors: configs, tokenizer, code and license
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "encoding/*")
 MAX_JSON_BYTES = 256_000_000
@@ -179,3 +181,21 @@ def read_checkpoint(source: Folder | Hub) -> Checkpoint:
             f"{len(missing)} tensors of {INDEX} are in no file, the first {min(missing)}; the download is incomplete"
         )
     return Checkpoint(source, config, tensors, files)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write `content` so that `path` never exists half-written."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,11 +14,11 @@ from cutedsl_nvfp4.format import check_block_scales
 from . import quantize
 from .conversion import QUANTIZE, RELABEL, WIDEN, Job, Output, Shard
 from .dialects import Linear
+from .folder import PARTIAL
 from .headers import CheckpointError, Tensor
 
 COPY_BYTES = 1 << 24
 SAMPLED = 16  # the error is measured on one chunk of rows of this many
-PARTIAL = ".partial"
 
 
 @dataclass

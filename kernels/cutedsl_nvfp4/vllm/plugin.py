@@ -39,7 +39,7 @@ def register() -> None:
     from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS, register_linear_kernel
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from . import cpu_kernels
+    from . import calibration, cpu_kernels
     from .endpoint import REPORT_METHOD
     from .linear import CuTeDSLNvFp4LinearKernel
     from .report import worker_report
@@ -47,7 +47,12 @@ def register() -> None:
     for platform in (PlatformEnum.CUDA, PlatformEnum.CPU):
         if CuTeDSLNvFp4LinearKernel not in _POSSIBLE_NVFP4_KERNELS.get(platform, []):
             register_linear_kernel(CuTeDSLNvFp4LinearKernel, platform, "nvfp4", first=True, backend=BACKEND)
-    setattr(WorkerBase, REPORT_METHOD, worker_report)
+    for method, function in (
+        (REPORT_METHOD, worker_report),
+        (calibration.START_METHOD, calibration.start_calibration),
+        (calibration.STOP_METHOD, calibration.stop_calibration),
+    ):
+        setattr(WorkerBase, method, function)
     if current_platform.is_cpu():
         current_platform.import_kernels()
         cpu_kernels.define_missing()

@@ -41,14 +41,21 @@ Le port est calme ce soir. Der Leuchtturm blinkt alle zehn Sekunden. 潮水在�
 """
 
 
-def _layers(model: Module) -> list[tuple[Module, ActivationScales]]:
-    """Layers whose activation scales are static: they take part in the warm-up."""
-    found = [(module, getattr(module, "act_scales", None)) for module in model.modules()]
+def static_layers(model: Module) -> list[tuple[str, Module, ActivationScales]]:
+    """(path, layer, scales) of the layers whose activation scales are static: they can be observed."""
+    found = [(path, module, getattr(module, "act_scales", None)) for path, module in model.named_modules()]
     return [
-        (module, scales)
-        for module, scales in found
+        (path, module, scales)
+        for path, module, scales in found
         if isinstance(scales, ActivationScales) and scales.policy is not ActivationScale.DYNAMIC
     ]
+
+
+def fold_in_twins(layers: list[tuple[str, Module, ActivationScales]]) -> None:
+    """Let a layer that did not run see what one that reads the same tensor has observed."""
+    for _, module, scales in layers:
+        for twin in getattr(module, "nvfp4_input_twin", ()):
+            scales.observe_what(twin.act_scales)
 
 
 def _parameter_name(key: str) -> str:
@@ -111,17 +118,15 @@ def settle_activation_scales(worker) -> None:
     Raises ValueError naming the layer where a scale cannot be settled (activation_scale.py).
     """
     model = worker.get_model()
-    layers = _layers(model)
+    layers = static_layers(model)
     if not layers:
         return
     device = next(model.parameters()).device
-    for _, scales in layers:
+    for _, _, scales in layers:
         scales.start_observing(device)
     _prefill(worker)
-    for module, scales in layers:
-        for twin in getattr(module, "nvfp4_input_twin", ()):  # reads the same tensor, and ran on this text
-            scales.observe_what(twin.act_scales)
-    for module, scales in layers:
+    fold_in_twins(layers)
+    for _, module, scales in layers:
         current = {key: getattr(module, _parameter_name(key)) for key in scales.inputs}
         for key, value in scales.stop_observing(current).items():
             setattr(module, _parameter_name(key), Parameter(value, requires_grad=False))
