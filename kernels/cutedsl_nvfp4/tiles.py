@@ -88,6 +88,7 @@ class Wide:
     ctas_per_sm: int = 1
     persistent: bool = False
     multicast: int = 1  # CTAs of a cluster that share the tokens and differ in rows
+    lag: int = 0  # stages a warpgroup starts a tile behind the one before it: one stores, another multiplies
 
     @property
     def rows(self) -> int:
@@ -125,7 +126,15 @@ class Wide:
     @property
     def consumer_registers(self) -> int:
         """Registers a consumer thread gets when the producer warpgroup gives up its share."""
+        if self.panels == 3:
+            return 160
         return {1: 240, 2: 104}[self.ctas_per_sm]  # multiples of 8 within 512 per lane of a scheduler
+
+    @property
+    def fits_experts(self) -> bool:
+        """Whether the experts' kernels know every feature of this tile."""
+        plain = self.split_k == self.multicast == 1 and self.lag == 0
+        return plain and self.panels != 3 and self.tokens % 32 == 0
 
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
         """Whether CTAs that share tokens stay within one group of a block-diagonal weight."""
@@ -133,14 +142,18 @@ class Wide:
 
     def check(self) -> None:
         """Raise ValueError for a configuration the kernel cannot run."""
-        if self.panels not in (1, 2, 4) or self.blocks not in (1, 2):
-            raise ValueError(f"{self}: panels must be 1, 2 or 4, and blocks 1 or 2")
+        if self.panels not in (1, 2, 3, 4) or self.blocks not in (1, 2):
+            raise ValueError(f"{self}: panels must be 1 to 4, and blocks 1 or 2")
         if self.tokens % 16 or not 16 <= self.tokens <= 256 or self.tokens % self.output_tokens:
             raise ValueError(f"{self}: tokens must be 16 or a multiple of 32 up to 256")
         if self.split_k > 1 and (self.persistent or self.multicast > 1):
             raise ValueError(f"{self}: split_k shares neither a cluster nor a persistent grid")
         if self.ctas_per_sm not in (1, 2):
             raise ValueError(f"{self}: ctas_per_sm must be 1 or 2")
+        if self.panels == 3 and (self.ctas_per_sm > 1 or self.tokens > 192):
+            raise ValueError(f"{self}: three panels take a whole SM and at most 192 tokens")
+        if self.lag and (not self.persistent or not 0 < self.lag * (self.panels - 1) < self.stages):
+            raise ValueError(f"{self}: only warpgroups of a persistent tile lag, by less than its stages")
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
             raise ValueError(f"{self}: multicast must be 1 or 2")
         _check_shared(self)
@@ -208,7 +221,12 @@ def _measured(n: int, k: int, groups: int, m: int) -> Config:
     config = CONFIGS[rules[following][1]]
     if config.fits_groups(panels_per_group, groups):
         return config
-    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1)
+    return ungrouped(config)
+
+
+def ungrouped(config: Wide) -> Wide:
+    """The nearest tile of one panel, which fits groups of any number of panels."""
+    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0)
 
 
 def _invariant(n: int, k: int, m: int) -> Wide:
@@ -235,12 +253,8 @@ def shipped() -> list[Config]:
     from .measured import CONFIGS
 
     invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
-    ungrouped = [
-        replace(c, panels=1, multicast=1, stages=min(c.stages, 4), ctas_per_sm=1)
-        for c in CONFIGS
-        if isinstance(c, Wide) and c.panels * c.multicast > 1
-    ]
-    return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *ungrouped]))
+    alone = [ungrouped(c) for c in CONFIGS if isinstance(c, Wide) and c.panels * c.multicast > 1]
+    return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *alone]))
 
 
 @dataclass(frozen=True)
@@ -260,10 +274,8 @@ class ExpertTiles:
             raise ValueError(f"{self}: w13 and w2 must take the same tokens")
         for config in (self.w13, self.w2):
             config.check()
-            if isinstance(config, Wide) and (
-                config.split_k > 1 or config.multicast > 1 or config.tokens % 32
-            ):
-                raise ValueError(f"{config}: experts take no split_k, no multicast, and tokens in 32s")
+            if isinstance(config, Wide) and not config.fits_experts:
+                raise ValueError(f"{config}: experts take no split_k, multicast, lag or 3 panels, tokens in 32s")
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
 

@@ -24,7 +24,8 @@ Pipelines
 Tiles
     Token tiles are the fast index within groups of `token_group` tiles: a weight tile is read from memory
     once, by CTAs that run together. `persistent` walks tiles with the grid's stride, so that the producer
-    fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead.
+    fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead. With
+    `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide.
 Reduction
     `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
@@ -70,8 +71,8 @@ class WideLinear:
             raise ValueError(
                 f"{config}: a persistent tile is stored in an even number of pieces of {config.output_tokens} tokens"
             )
-        if config.panels > 2:
-            raise ValueError(f"{config}: the linear kernel has a warpgroup for each of at most two panels")
+        if config.panels > 3:
+            raise ValueError(f"{config}: the linear kernel has a warpgroup for each of at most three panels")
         self.config = config
         self.has_bias = has_bias
         self.aligned_rows = aligned_rows
@@ -393,6 +394,9 @@ class WideLinear:
         row_warp = (thread % 128) // 32
         thr_mma = tiled_mma.get_slice(thread)
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
+        if cutlass.const_expr(c.lag > 0):
+            if count >= c.stages:  # else the one before might be a whole tile ahead and signal twice
+                self.follow(panel)
         weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
         acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, c.tokens)), Float32)
@@ -429,6 +433,9 @@ class WideLinear:
                     warpgroup.commit_group()
             if i > 0:
                 self.release(empty, previous, lane)
+            if cutlass.const_expr(c.lag > 0):
+                if i == c.lag and count >= c.stages:
+                    self.lead(panel)
             previous = stage
             stage += 1
             if stage == c.stages:
@@ -438,6 +445,33 @@ class WideLinear:
         if count > 0:
             self.release(empty, previous, lane)
         return acc, stage, phase
+
+    @cute.jit
+    def lead(self, panel: Int32):
+        """Let the warpgroup of the next panel start this tile: named barrier 4 + panel, which `follow` waits at."""
+        for p in cutlass.range_constexpr(self.config.panels - 1):
+            if panel == p:
+                cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
+
+    @cute.jit
+    def follow(self, panel: Int32):
+        for p in cutlass.range_constexpr(self.config.panels - 1):
+            if panel == p + 1:
+                cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
+
+    @cute.jit
+    def meet(self, group: Int32):
+        """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
+        if group == 0:
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+        else:
+            if cutlass.const_expr(self.config.panels == 3):
+                if group == 1:
+                    cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                else:
+                    cute.arch.barrier(barrier_id=3, number_of_threads=128)
+            else:
+                cute.arch.barrier(barrier_id=2, number_of_threads=128)
 
     @cute.jit
     def store_tile(
@@ -501,10 +535,7 @@ class WideLinear:
                         store_matrices_transposed(
                             half_buffer + matrix_address + (t - 1) * 8 * pitch, *waiting, *packed
                         )
-            if panel == 0:  # a computed barrier number would reserve all 16
-                cute.arch.barrier(barrier_id=1, number_of_threads=128)
-            else:
-                cute.arch.barrier(barrier_id=2, number_of_threads=128)
+            self.meet(panel)
             for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
                 token = inside // per_row + j * rows_per_pass
                 m = token_tile * c.tokens + e * chunk + token

@@ -51,8 +51,8 @@ class WideExperts(WideLinear):
 
     def __init__(self, config: Wide, activated: bool):
         config.check()
-        if config.split_k > 1 or config.multicast > 1 or config.tokens % CHUNK:
-            raise ValueError(f"{config}: experts take no split_k, no multicast, and tokens in {CHUNK}s")
+        if not config.fits_experts:
+            raise ValueError(f"{config}: experts take no split_k, multicast, lag or 3 panels, tokens in 32s")
         self.config = config
         self.activated = activated
         self.panel_columns = PANEL_ROWS // 2 if activated else PANEL_ROWS  # results of a panel and slot
@@ -617,11 +617,3 @@ class WideExperts(WideLinear):
                         target = mOut.iterator + (Int64(row) * columns + n)
                         target = cute.recast_ptr(target.align(16), dtype=Uint32)
                         cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
-
-    @cute.jit
-    def meet(self, group: Int32):
-        """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
-        if group == 0:
-            cute.arch.barrier(barrier_id=1, number_of_threads=128)
-        else:
-            cute.arch.barrier(barrier_id=2, number_of_threads=128)
