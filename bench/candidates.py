@@ -1,5 +1,7 @@
 """Tile configurations the tuning run tries. bench/tune.py measures them, tiles.py keeps the winners."""
 
+from dataclasses import replace
+
 from cutedsl_nvfp4.tiles import Config, Narrow, Wide
 
 SPLITS = (1, 2, 4, 8)
@@ -28,6 +30,8 @@ def narrow() -> list[Config]:
         (4, 1, 4),
         (4, 2, 2),
         (4, 2, 3),
+        (4, 1, 7),  # all of a short K in flight before the previous kernel has finished
+        (2, 2, 7),
     )
     return _legal(
         Narrow(tokens, k_warps, blocks, stages, split)
@@ -42,8 +46,16 @@ def wide() -> list[Config]:
     small = _legal(
         Wide(panels, tokens, 2, stages, split)
         for panels in (1, 2)
-        for tokens, stages in ((16, 4), (16, 8), (32, 5), (64, 4), (128, 3))
+        for tokens, stages in ((16, 4), (16, 8), (32, 5), (64, 4), (96, 4), (128, 3))
         for split in SPLITS
+    )
+    small += _legal(
+        Wide(1, tokens, 2, stages, split) for tokens, stages in ((32, 12), (64, 8)) for split in (1, 2, 4)
+    )
+    small += _legal(
+        Wide(3, tokens, blocks, stages, split)
+        for tokens, blocks, stages in ((64, 2, 6), (64, 2, 5), (96, 2, 5), (96, 2, 4), (128, 2, 4), (128, 1, 5))
+        for split in ((1,) if (tokens, stages) in ((64, 6), (96, 5), (128, 4)) else (2, 4))
     )
     large = _legal(
         [
@@ -66,6 +78,26 @@ def wide() -> list[Config]:
             Wide(2, 256, 1, 4, 2),
             Wide(2, 256, 1, 4, 4),
             Wide(2, 192, 1, 5, 2),
+            Wide(2, 160, 1, 7),
+            Wide(2, 224, 1, 5),
+            Wide(2, 160, 1, 5, 2),
+            Wide(3, 128, 2, 4, persistent=True),
+            Wide(3, 160, 1, 7),
+            Wide(3, 192, 1, 6),
+            Wide(3, 192, 1, 6, persistent=True),
+            Wide(3, 192, 1, 6, persistent=True, multicast=2),
+        ]
+        + [
+            replace(config, lag=lag)
+            for config, lags in (
+                (Wide(2, 128, 2, 4, persistent=True), (1, 2)),
+                (Wide(2, 192, 1, 6, persistent=True), (2,)),
+                (Wide(2, 256, 1, 5, persistent=True), (1, 2, 3)),
+                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (2,)),
+                (Wide(3, 128, 2, 4, persistent=True), (1,)),
+                (Wide(3, 192, 1, 6, persistent=True), (1, 2)),
+            )
+            for lag in lags
         ]
     )
     return small + large
@@ -83,11 +115,15 @@ def experts(mean: float) -> list[list[Config]]:
             Wide(4, 32, 1, 5, ctas_per_sm=2, persistent=True),
             Wide(4, 32, 2, 6, persistent=True),
         ],
-        [Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True), Wide(4, 64, 1, 8, persistent=True)],
+        [
+            Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
+            Wide(4, 64, 1, 8, persistent=True),
+            Wide(4, 64, 2, 5, persistent=True),
+        ],
         [Wide(2, 96, 1, 5, ctas_per_sm=2, persistent=True), Wide(4, 96, 1, 8, persistent=True)],
         [Wide(4, 128, 1, 7, persistent=True)],
     ]
-    least = {8: 0, 16: 1, 24: 6, 32: 10, 64: 12, 96: 12, 128: 40}
+    least = {8: 0, 16: 1, 24: 6, 32: 6, 64: 6, 96: 12, 128: 24}
     most = {8: 8, 16: 20, 24: 30, 32: 60, 64: 150}
     return [
         configs for configs in lists if least[configs[0].tokens] <= mean <= most.get(configs[0].tokens, mean)

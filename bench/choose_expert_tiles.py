@@ -4,7 +4,7 @@
     PYTHONPATH=kernels:bench python3 bench/choose_expert_tiles.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.03]
 
 Tiles are added greedily as bench/choose_tiles.py does, until no (layer, M) is more than `--loss` slower than
-its own best. Layers that differ in their routing only (expert parallelism) share a rule's table.
+its own best. Layers that differ in their routing only (expert parallelism, Zipf) share a rule's table.
 """
 
 import argparse
@@ -22,18 +22,22 @@ OUTPUT = pathlib.Path(__file__).parent.parent / "kernels" / "cutedsl_nvfp4" / "m
 
 
 def read(paths: list[str]) -> dict:
-    """{(experts, hidden, intermediate, mean tokens of an expert, case): {tiles: us}}"""
+    """{(experts, hidden, intermediate, mean tokens of an expert, case and routing): {tiles: us}}; a later file
+    replaces every row of a case, M and routing that it measured again."""
     cases = {case.name: case for case in EXPERT_CASES}
     names = {"Narrow": Narrow, "Wide": Wide}  # our own repr
-    times: dict[tuple, dict] = defaultdict(dict)
+    times: dict[tuple, dict] = {}
     for path in paths:
+        measured: dict[tuple, dict] = defaultdict(dict)
         content = pathlib.Path(path).read_bytes()
         for line in (gzip.decompress(content) if path.endswith(".gz") else content).decode().splitlines():
             row = json.loads(line)
             case = cases[row["case"]]
             mean = row["m"] * case.topk / case.known
             tiles = ExpertTiles(eval(row["w13"], names), eval(row["w2"], names))
-            times[case.experts, case.hidden, case.intermediate, mean, case.name][tiles] = row["us"]
+            name = f"{case.name} {row.get('routing', 'uniform')}"
+            measured[case.experts, case.hidden, case.intermediate, mean, name][tiles] = row["us"]
+        times |= measured
     return times
 
 

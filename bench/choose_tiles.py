@@ -19,15 +19,17 @@ OUTPUT = pathlib.Path(__file__).parent.parent / "kernels" / "cutedsl_nvfp4" / "m
 
 
 def read(paths: list[str]) -> dict:
-    """{(n, k, groups, m): {config: us}}; a later file replaces what it measured again."""
-    times: dict[tuple, dict] = defaultdict(dict)
+    """{(n, k, groups, m): {config: us}}; a later file replaces every row of a problem that it measured again."""
+    times: dict[tuple, dict] = {}
     for path in paths:
+        found: dict[tuple, dict] = defaultdict(dict)
         content = pathlib.Path(path).read_bytes()
         text = gzip.decompress(content) if path.endswith(".gz") else content
         for line in text.decode().splitlines():
             row = json.loads(line)
             config = eval(row["config"], {"Narrow": Narrow, "Wide": Wide})  # our own repr
-            times[row["n"], row["k"], row["groups"], row["m"]][config] = row["us"]
+            found[row["n"], row["k"], row["groups"], row["m"]][config] = row["us"]
+        times |= found
     return times
 
 

@@ -2,9 +2,11 @@
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
     PYTHONPATH=kernels:bench python3 bench/tune.py OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
+        [--known ROWS.jsonl.gz]
 
 Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
-A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next.
+A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next, and
+with `--known` none that took more than 1.12 times the best's time in those rows.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 
 import candidates
 import torch
+from choose_tiles import read
 from shapes import TOKENS, Shape, model_shapes
 from timing import capture, copies, microseconds
 
@@ -23,6 +26,8 @@ from cutedsl_nvfp4.sm90.linear import run
 from cutedsl_nvfp4.tiles import Config, Narrow
 
 SAMPLED_ROWS = 64
+KNOWN_LOSS = 1.12
+MOST_SMALL_CTAS = 264  # of tiles of few tokens: two an SM
 
 
 def eligible(config: Config, m: int, panels_per_group: int, groups: int) -> bool:
@@ -32,7 +37,9 @@ def eligible(config: Config, m: int, panels_per_group: int, groups: int) -> bool
         return False
     if config.tokens > 16 and config.tokens >= 2 * m + 16:
         return False
-    return m <= 8 * config.tokens if config.tokens <= 64 else True
+    row_tiles = -(-panels_per_group * groups // config.panels)
+    ctas = row_tiles * -(-m // config.tokens) * config.split_k
+    return config.tokens > 64 or m <= 8 * config.tokens or ctas <= MOST_SMALL_CTAS
 
 
 def _smaller(config: Config, best: Config) -> bool:
@@ -62,7 +69,8 @@ def relative_error(shape: Shape, codes, scales, row_scale, x, out) -> tuple[floa
     )
 
 
-def tune(shape: Shape, tokens: list[int], file, deadline: float) -> None:
+def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict) -> None:
+    """`known` is choose_tiles.read's: {(n, k, groups, m): {config: us}}."""
     codes, scales, rotated, row_scale = operands(shape)
     panels_per_group = -(-shape.n // 64) // shape.groups
     configs = candidates.narrow() + candidates.wide()
@@ -71,7 +79,11 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float) -> None:
     for m in tokens:
         x = torch.randn(m, shape.groups * shape.k, device="cuda").to(torch.bfloat16)
         times: dict[Config, float] = {}
+        before = known.get((shape.n, shape.k, shape.groups, m), {})
+        limit = KNOWN_LOSS * min(before.values(), default=0.0)
         for config in configs:
+            if before.get(config, limit) > limit:
+                continue
             if config in slow or not eligible(config, m, panels_per_group, shape.groups):
                 continue
             if time.monotonic() > deadline:
@@ -108,7 +120,9 @@ def main() -> None:
     parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--known", help="rows of an earlier run")
     arguments = parser.parse_args()
+    known = read([arguments.known]) if arguments.known else {}
     every = model_shapes()
     if ":" in arguments.shapes:
         first, _, last = arguments.shapes.partition(":")
@@ -118,7 +132,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     with open(arguments.out, "w") as file:
         for shape in selected:
-            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline)
+            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known)
 
 
 if __name__ == "__main__":

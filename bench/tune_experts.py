@@ -42,8 +42,8 @@ def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: fl
             sys.exit(f"{tiles} is wrong on {case}, M = {m}: differs by {difference}")
         graph = capture([lambda i=i: layer.run(*i, config=tiles) for i in inputs])
         times[tiles] = microseconds(graph, len(inputs), repeats=3, target_us=1000.0)
-        row = {"case": case.name, "m": m, "w13": repr(tiles.w13), "w2": repr(tiles.w2), "us": times[tiles]}
-        file.write(json.dumps(row) + "\n")
+        row = {"case": case.name, "m": m, "routing": routing, "w13": repr(tiles.w13), "w2": repr(tiles.w2)}
+        file.write(json.dumps(row | {"us": times[tiles]}) + "\n")
 
     groups = candidates(m * case.topk / case.known)
     for configs in groups:
@@ -65,7 +65,7 @@ def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: fl
     ranked = sorted(times, key=times.get)[:3]
     text = "; ".join(f"{times[t]:.1f} {t.w13} | {t.w2}" for t in ranked)
     floor = floor_us(case, [i[2] for i in inputs], limits["bytes_per_s"], limits["flops"])
-    print(f"{case.name} M={m} floor {floor:.1f}: {text}", flush=True)
+    print(f"{case.name} M={m} {routing} floor {floor:.1f}: {text}", flush=True)
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
     parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
-    parser.add_argument("--routing", default="uniform", help="uniform, which tiles are chosen by, or zipf")
+    parser.add_argument("--routing", default="uniform", help="uniform, zipf, or both separated by a comma")
     parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -86,7 +86,8 @@ def main() -> None:
             if case.name in arguments.cases.split(","):
                 layer = Layer(case)
                 for m in map(int, arguments.tokens.split(",")):
-                    measure(layer, m, arguments.routing, limits, file, deadline)
+                    for routing in arguments.routing.split(","):
+                        measure(layer, m, routing, limits, file, deadline)
                 del layer
                 torch.cuda.empty_cache()
 

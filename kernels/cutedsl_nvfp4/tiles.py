@@ -291,7 +291,7 @@ def expert_widths(config: Wide) -> tuple[int, ...]:
     """
     step = 32 if config.tokens <= 128 else 64
     widths = tuple(range(step, config.tokens + 1, step))
-    return widths[-3:] if config.ctas_per_sm == 1 else widths[-1:]
+    return widths[-4:] if config.ctas_per_sm == 1 else widths[-1:]
 
 
 # (most tokens an expert gets on average, tiles) whose sums do not depend on the batch
