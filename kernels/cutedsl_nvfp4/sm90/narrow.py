@@ -182,6 +182,7 @@ class NarrowLinear:
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
+        row_scales = self.load_row_scales(warp * 32 + lane, panel, rank, mRowScale)  # come in during the main loop
 
         steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
         first = rank * steps_total // c.split_k
@@ -248,7 +249,7 @@ class NarrowLinear:
         else:
             cute.arch.sync_threads()
         if warp < consumer_warps:
-            self.finish(warp * 32 + lane, panel, rank, token_tile, storage, mRowScale, mBias, mOut)
+            self.finish(warp * 32 + lane, panel, rank, token_tile, storage, row_scales, mBias, mOut)
 
     @cute.jit
     def accumulate(
@@ -307,6 +308,19 @@ class NarrowLinear:
         return stage, phase
 
     @cute.jit
+    def load_row_scales(self, thread: Int32, panel: Int32, rank: Int32, mRowScale: cute.Tensor):
+        """The row scale of every pair of results that a thread finishes."""
+        c = self.config
+        threads = cutlass.const_expr(128 * c.k_warps)
+        passes = cutlass.const_expr(-(-(8 // c.split_k) * c.tokens * 4 // threads))
+        scales = cute.make_rmem_tensor(passes, Float32)
+        for i in cutlass.range_constexpr(passes):
+            unit = rank * (8 // c.split_k) + (thread + i * threads) // (c.tokens * 4)
+            n = panel * PANEL_ROWS + unit * 8 + thread % 32 // 4
+            scales[i] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
+        return scales
+
+    @cute.jit
     def finish(
         self,
         thread: Int32,
@@ -314,7 +328,7 @@ class NarrowLinear:
         rank: Int32,
         token_tile: Int32,
         storage,
-        mRowScale: cute.Tensor,
+        row_scales: cute.Tensor,
         mBias: cute.Tensor,
         mOut: cute.Tensor,
     ):
@@ -332,7 +346,7 @@ class NarrowLinear:
                 n = panel * PANEL_ROWS + unit * 8 + lane // 4
                 m = token_tile * c.tokens + (pair % (c.tokens * 4)) // 32 * 8 + (lane % 4) * 2
                 if n < mOut.shape[1]:
-                    scale = mRowScale[n] * Float32(EPILOGUE_SCALE)
+                    scale = row_scales[i] * Float32(EPILOGUE_SCALE)
                     total = [Float32(0.0), Float32(0.0)]
                     for source in cutlass.range_constexpr(c.split_k * c.k_warps):
                         for v in cutlass.range_constexpr(2):

@@ -229,6 +229,11 @@ class WideLinear:
         else:
             cute.arch.sync_threads()
 
+        thread, _, _ = cute.arch.thread_idx()
+        if cutlass.const_expr(c.split_k > 1):  # come in during the main loop
+            _, own_rows = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
+            own_scales = self.load_row_scales(own_rows, thread, mRowScale)
+
         first = Int32(0)
         count = cute.ceil_div(tCodes.shape[1], c.blocks)
         if cutlass.const_expr(c.split_k > 1):
@@ -305,12 +310,13 @@ class WideLinear:
         else:
             if cutlass.const_expr(c.panels > 1):
                 cute.arch.setmaxregister_increase(c.consumer_registers)
-            thread, _, _ = cute.arch.thread_idx()
             panel = thread // 128
             stage = Int32(0)
             phase = Int32(0)
             for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
                 token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+                if cutlass.const_expr(c.split_k == 1):
+                    row_scales = self.load_row_scales(row_tile, thread, mRowScale)
                 acc, stage, phase = self.accumulate(
                     tiled_mma,
                     thread,
@@ -328,7 +334,7 @@ class WideLinear:
                 if cutlass.const_expr(c.split_k > 1):
                     self.send_partials(acc, thread, rank, storage)
                 else:
-                    self.store_tile(acc, thread, row_tile, token_tile, storage, mRowScale, mBias, mOut)
+                    self.store_tile(acc, thread, row_tile, token_tile, storage, row_scales, mBias, mOut)
             if cutlass.const_expr(c.multicast > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
@@ -336,9 +342,8 @@ class WideLinear:
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
             if warp < consumer_warps:
-                thread, _, _ = cute.arch.thread_idx()
                 token_tile, row_tile = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
-                self.reduce_partials(thread, rank, row_tile, token_tile, storage, mRowScale, mBias, mOut)
+                self.reduce_partials(thread, rank, row_tile, token_tile, storage, own_scales, mBias, mOut)
 
     @cute.jit
     def tile(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
@@ -351,6 +356,15 @@ class WideLinear:
         inside = pair - group * token_group * row_groups
         row_tile = (inside // width) * c.multicast + index % c.multicast
         return group * token_group + inside % width, row_tile
+
+    @cute.jit
+    def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+        """The scales of a consumer thread's rows r and r + 8."""
+        scales = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            n = row_tile * self.config.rows + thread // 32 * 16 + thread % 32 // 4 + 8 * h
+            scales[h] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
+        return scales
 
     @cute.jit
     def load_tokens(
@@ -481,7 +495,7 @@ class WideLinear:
         row_tile: Int32,
         token_tile: Int32,
         storage,
-        mRowScale: cute.Tensor,
+        row_scales: cute.Tensor,
         mBias: cute.Tensor,
         mOut: cute.Tensor,
     ):
@@ -504,13 +518,9 @@ class WideLinear:
         factor = cute.make_rmem_tensor(2, Float32)
         offset = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
-            n = first_n + row + 8 * h
-            factor[h] = Float32(0.0)
-            offset[h] = Float32(0.0)
-            if n < mOut.shape[1]:
-                factor[h] = mRowScale[n] * Float32(EPILOGUE_SCALE)
-                if cutlass.const_expr(self.has_bias):
-                    offset[h] = mBias[n]
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                offset[h] = mBias[cutlass.min(first_n + row + 8 * h, mOut.shape[1] - 1)]
         buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
         matrix = lane // 8
         matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
@@ -575,7 +585,7 @@ class WideLinear:
         row_tile: Int32,
         token_tile: Int32,
         storage,
-        mRowScale: cute.Tensor,
+        row_scales: cute.Tensor,
         mBias: cute.Tensor,
         mOut: cute.Tensor,
     ):
@@ -595,7 +605,7 @@ class WideLinear:
                 for h in cutlass.range_constexpr(2):
                     n = row_tile * c.rows + thread // 32 * 16 + lane // 4 + 8 * h
                     if n < mOut.shape[1]:
-                        scale = mRowScale[n] * Float32(EPILOGUE_SCALE)
+                        scale = row_scales[h] * Float32(EPILOGUE_SCALE)
                         for i in cutlass.range_constexpr(2):
                             value = total[2 * h + i] * scale
                             if cutlass.const_expr(self.has_bias):
