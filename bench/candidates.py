@@ -55,7 +55,7 @@ def wide() -> list[Config]:
     small += _legal(
         Wide(3, tokens, blocks, stages, split)
         for tokens, blocks, stages in ((64, 2, 6), (64, 2, 5), (96, 2, 5), (96, 2, 4), (128, 2, 4), (128, 1, 5))
-        for split in ((1,) if (tokens, stages) in ((64, 6), (96, 5), (128, 4)) else (2, 4))
+        for split in ((1,) if (tokens, stages) in ((64, 6), (96, 5), (128, 4)) else (2,))
     )
     large = _legal(
         [
@@ -85,20 +85,22 @@ def wide() -> list[Config]:
             Wide(3, 160, 1, 7),
             Wide(3, 192, 1, 6),
             Wide(3, 192, 1, 6, persistent=True),
-            Wide(3, 192, 1, 6, persistent=True, multicast=2),
         ]
         + [
-            replace(config, lag=lag)
+            replace(config, bulk=True, lag=lag)
             for config, lags in (
-                (Wide(2, 128, 2, 4, persistent=True), (1, 2)),
-                (Wide(2, 192, 1, 6, persistent=True), (2,)),
-                (Wide(2, 256, 1, 5, persistent=True), (1, 2, 3)),
-                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (2,)),
-                (Wide(3, 128, 2, 4, persistent=True), (1,)),
-                (Wide(3, 192, 1, 6, persistent=True), (1, 2)),
+                (Wide(2, 128, 2, 4, persistent=True), (0, 1)),
+                (Wide(2, 192, 1, 6, persistent=True), (0, 2)),
+                (Wide(2, 256, 1, 5, persistent=True), (0, 1, 2)),
+                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (0, 2)),
+                (Wide(3, 128, 2, 4, persistent=True), (0, 1)),
+                (Wide(3, 160, 1, 7, persistent=True), (0, 1)),
+                (Wide(3, 192, 1, 6, persistent=True), (0, 1)),
+                (Wide(3, 192, 1, 6, persistent=True, multicast=2), (0, 1)),
             )
             for lag in lags
         ]
+        + [Wide(2, 256, 1, 5, persistent=True, lag=2)]
     )
     return small + large
 

@@ -13,6 +13,7 @@ BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
 BLOCK_SCALE_BYTES = PANEL_ROWS * BLOCK_K // 16
 SM90_SHARED_MEMORY = 227 * 1024  # bytes one CTA may use
 MAX_CLUSTER = 8  # the portable cluster size
+BULK_BUFFERS = 3  # pieces of a panel's results: one written, one read by TMA, one between
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Wide:
     persistent: bool = False
     multicast: int = 1  # CTAs of a cluster that share the tokens and differ in rows
     lag: int = 0  # stages a warpgroup starts a tile behind the one before it: one stores, another multiplies
+    bulk: bool = False  # two-byte results leave shared memory by TMA
 
     @property
     def rows(self) -> int:
@@ -112,6 +114,8 @@ class Wide:
         if self.split_k > 1:
             slices = -(-self.tokens // 8 // self.split_k)
             return self.split_k * slices * self.panels * 128 * 16
+        if self.bulk:
+            return BULK_BUFFERS * self.panels * self.output_tokens * PANEL_ROWS * 2
         return 2 * self.panels * self.output_tokens * (PANEL_ROWS + 8) * 2
 
     @property
@@ -133,7 +137,7 @@ class Wide:
     @property
     def fits_experts(self) -> bool:
         """Whether the experts' kernels know every feature of this tile."""
-        plain = self.split_k == self.multicast == 1 and self.lag == 0
+        plain = self.split_k == self.multicast == 1 and not (self.lag or self.bulk)
         return plain and self.panels != 3 and self.tokens % 32 == 0
 
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
@@ -152,6 +156,8 @@ class Wide:
             raise ValueError(f"{self}: ctas_per_sm must be 1 or 2")
         if self.panels == 3 and (self.ctas_per_sm > 1 or self.tokens > 192):
             raise ValueError(f"{self}: three panels take a whole SM and at most 192 tokens")
+        if self.bulk and (self.split_k > 1 or self.tokens % 32):
+            raise ValueError(f"{self}: TMA stores whole sums, 32 tokens at a time")
         if self.lag and (not self.persistent or not 0 < self.lag * (self.panels - 1) < self.stages):
             raise ValueError(f"{self}: only warpgroups of a persistent tile lag, by less than its stages")
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
@@ -226,7 +232,7 @@ def _measured(n: int, k: int, groups: int, m: int) -> Config:
 
 def ungrouped(config: Wide) -> Wide:
     """The nearest tile of one panel, which fits groups of any number of panels."""
-    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0)
+    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0, bulk=False)
 
 
 def _invariant(n: int, k: int, m: int) -> Wide:
@@ -275,7 +281,7 @@ class ExpertTiles:
         for config in (self.w13, self.w2):
             config.check()
             if isinstance(config, Wide) and not config.fits_experts:
-                raise ValueError(f"{config}: experts take no split_k, multicast, lag or 3 panels, tokens in 32s")
+                raise ValueError(f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk")
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
 

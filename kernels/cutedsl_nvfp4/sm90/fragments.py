@@ -201,6 +201,13 @@ def tokens_view(mX: cute.Tensor, k: Int32):
     return cute.make_tensor(mX.iterator, layout)
 
 
+@cute.jit
+def results_view(mOut: cute.Tensor):
+    """out [M, N] whose rows are known to be whole 16-byte pieces, as TMA's strides have to be."""
+    n = cute.assume(mOut.shape[1], divby=8)
+    return cute.make_tensor(mOut.iterator, cute.make_layout((mOut.shape[0], n), stride=(n, 1)))
+
+
 def block_view(packed: cute.Tensor, words: int):
     """[P, KB, words] -> (words, KB, P), the order of TMA's dimensions."""
     layout = cute.make_layout((words, packed.shape[1], packed.shape[0]), stride=(1, words, packed.stride[0]))

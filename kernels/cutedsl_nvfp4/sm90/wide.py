@@ -25,7 +25,8 @@ Tiles
     Token tiles are the fast index within groups of `token_group` tiles: a weight tile is read from memory
     once, by CTAs that run together. `persistent` walks tiles with the grid's stride, so that the producer
     fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead. With
-    `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide.
+    `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide;
+    with `bulk` TMA stores the results and the warpgroup goes on.
 Reduction
     `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
@@ -37,7 +38,7 @@ import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
-from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide
+from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, PANEL_ROWS, Wide
 from .decode import EPILOGUE_SCALE
 from .fragments import (
     address_in_cluster,
@@ -45,6 +46,7 @@ from .fragments import (
     load_words,
     pack_bf16,
     partition_loads,
+    results_view,
     settle,
     smem_address,
     store_in_cluster,
@@ -66,7 +68,7 @@ class WideLinear:
 
     def __init__(self, config: Wide, has_bias: bool, aligned_rows: bool):
         config.check()
-        if config.persistent and config.tokens // config.output_tokens % 2:
+        if config.persistent and not config.bulk and config.tokens // config.output_tokens % 2:
             # the next tile's first piece would use the buffer that this tile's last one may still be read from
             raise ValueError(
                 f"{config}: a persistent tile is stored in an even number of pieces of {config.output_tokens} tokens"
@@ -131,6 +133,17 @@ class WideLinear:
             (PANEL_ROWS, tokens),
             warpgroup.OperandSource.RMEM,
         )
+        bulk = cutlass.const_expr(c.bulk and self.aligned_rows and mOut.element_type.width == 16)
+        out_atom, tOut, out_layout = None, None, None
+        if cutlass.const_expr(bulk):
+            shape = (c.output_tokens, PANEL_ROWS, BULK_BUFFERS * c.panels)
+            out_layout = cute.tile_to_shape(atom, shape, order=(0, 1, 2))
+            out_atom, tOut = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                results_view(mOut),
+                cute.slice_(out_layout, (None, None, 0)),
+                (c.output_tokens, PANEL_ROWS),
+            )
 
         @cute.struct
         class Shared:
@@ -139,7 +152,7 @@ class WideLinear:
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
-            output: cute.struct.Align[cute.struct.MemRange[Float32, c.output_bytes // 4], 128]
+            output: cute.struct.Align[cute.struct.MemRange[Float32, c.output_bytes // 4], 1024 if bulk else 128]
 
         self.shared = Shared
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
@@ -167,6 +180,9 @@ class WideLinear:
             x_layout,
             code_layout,
             scale_layout,
+            out_atom,
+            tOut,
+            out_layout,
         ).launch(
             grid=(ctas, 1, 1),
             block=(c.threads, 1, 1),
@@ -198,6 +214,9 @@ class WideLinear:
         x_layout: cute.ComposedLayout,
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
+        out_atom: cute.CopyAtom | None,
+        tOut: cute.Tensor | None,
+        out_layout: cute.ComposedLayout | None,
     ):
         c = self.config
         stages, stage_k = c.stages, c.blocks * BLOCK_K
@@ -333,8 +352,15 @@ class WideLinear:
                 )
                 if cutlass.const_expr(c.split_k > 1):
                     self.send_partials(acc, thread, rank, storage)
+                elif cutlass.const_expr(out_atom is not None):
+                    results = (out_atom, tOut, out_layout)
+                    self.store_tile_bulk(
+                        acc, thread, row_tile, token_tile, storage, row_scales, mBias, mOut.shape[1], results
+                    )
                 else:
                     self.store_tile(acc, thread, row_tile, token_tile, storage, row_scales, mBias, mOut)
+            if cutlass.const_expr(out_atom is not None):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
             if cutlass.const_expr(c.multicast > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
@@ -565,6 +591,72 @@ class WideLinear:
                         for i in cutlass.range_constexpr(elements):
                             if n + i < mOut.shape[1]:
                                 mOut[m, n + i] = values[i]
+
+    @cute.jit
+    def store_tile_bulk(
+        self,
+        acc: cute.Tensor,
+        thread: Int32,
+        row_tile: Int32,
+        token_tile: Int32,
+        storage,
+        row_scales: cute.Tensor,
+        mBias: cute.Tensor,
+        n: Int32,
+        results: tuple,
+    ):
+        """store_tile with TMA for the last step: a warpgroup's first warp sends each piece, and nobody waits for it.
+
+        Piece e uses buffer e % 3. Before its barrier the pieces up to e - 2 have been read, so that everyone may
+        write piece e + 1 after it.
+        """
+        c = self.config
+        out_atom, tOut, out_layout = results
+        chunk = cutlass.const_expr(c.output_tokens)
+        piece_bytes = cutlass.const_expr(chunk * PANEL_ROWS * 2)
+        panel = thread // 128
+        inside = thread % 128
+        lane = thread % 32
+        sends = cute.arch.make_warp_uniform(inside // 32) == 0
+        factor = cute.make_rmem_tensor(2, Float32)
+        offset = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                row = row_tile * c.rows + thread // 32 * 16 + lane // 4 + 8 * h
+                offset[h] = mBias[cutlass.min(row, n - 1)]
+        output = cute.recast_ptr(storage.output.data_ptr(), out_layout.inner, dtype=BFloat16)
+        sOut = cute.make_tensor(output, out_layout.outer)
+        gOut = cute.local_tile(tOut, (chunk, PANEL_ROWS), (None, None))
+        tOs, tOg = partition_loads(out_atom, sOut, gOut, 2)
+        # Row lane % 8 of matrix lane // 8: a token's 128 bytes of a panel's results, 128B-swizzled.
+        matrix = lane // 8
+        column = inside // 32 * 2 + matrix % 2
+        address = (lane % 8 + matrix // 2 * 8) * (PANEL_ROWS * 2) + (column ^ (lane % 8)) * 16
+        address += smem_address(storage.output.data_ptr()) + panel * (BULK_BUFFERS * piece_bytes)
+        if sends:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # of the tile before
+        self.meet(panel)
+        for e in cutlass.range_constexpr(c.tokens // chunk):
+            buffer = cutlass.const_expr(e % BULK_BUFFERS)
+            for t in cutlass.range_constexpr(chunk // 8):
+                v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
+                if cutlass.const_expr(self.has_bias):
+                    v = [v[i] + offset[i // 2] for i in range(4)]
+                packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
+                if cutlass.const_expr(t % 2 == 0):
+                    waiting = packed
+                else:
+                    target = address + (buffer * piece_bytes + (t - 1) * 8 * PANEL_ROWS * 2)
+                    store_matrices_transposed(target, *waiting, *packed)
+            cute.arch.fence_view_async_shared()
+            if sends:
+                cute.arch.cp_async_bulk_wait_group(1, read=True)
+            self.meet(panel)
+            if sends:
+                piece = (token_tile * (c.tokens // chunk) + e, row_tile * c.panels + panel)
+                cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
+                cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage):
