@@ -54,7 +54,14 @@ def wide() -> list[Config]:
     )
     small += _legal(
         Wide(3, tokens, blocks, stages, split)
-        for tokens, blocks, stages in ((64, 2, 6), (64, 2, 5), (96, 2, 5), (96, 2, 4), (128, 2, 4), (128, 1, 5))
+        for tokens, blocks, stages in (
+            (64, 2, 6),
+            (64, 2, 5),
+            (96, 2, 5),
+            (96, 2, 4),
+            (128, 2, 4),
+            (128, 1, 5),
+        )
         for split in ((1,) if (tokens, stages) in ((64, 6), (96, 5), (128, 4)) else (2,))
     )
     large = _legal(

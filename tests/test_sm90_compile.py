@@ -33,6 +33,22 @@ def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
     assert sass.problems(cubin, kernel[1] if kernel[0] == "product" else None, experts=True) == []
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Wide(3, 128, 2, 4),
+        Wide(3, 192, 1, 6, persistent=True, lag=1, bulk=True),
+        Wide(2, 256, 1, 5, persistent=True, lag=2, multicast=2, bulk=True),
+        Wide(3, 96, 2, 4, split_k=2),
+    ],
+    ids=str,
+)
+def test_tiles_that_tuning_tries_compile_as_well(config, tmp_path):
+    compile_linear(config, torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
+    (cubin,) = tmp_path.glob("*.cubin")
+    assert sass.problems(cubin, config) == []
+
+
 def test_wrong_machine_code_is_noticed(tmp_path):
     """The reader of machine code can say no: this tile has twice the k blocks of the one it is taken for."""
     compile_linear(Wide(1, 64, 2, 4), torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
@@ -110,7 +126,13 @@ def test_shipped_configurations_are_legal(config):
         Narrow(split_k=3),
         Narrow(tokens=32, k_warps=4, blocks=2, stages=8),
         Wide(tokens=40),
-        Wide(panels=3),
+        Wide(panels=5),
+        Wide(panels=3, tokens=256),
+        Wide(panels=3, ctas_per_sm=2, stages=2),
+        Wide(lag=1),
+        Wide(panels=3, tokens=64, persistent=True, lag=3),
+        Wide(split_k=2, bulk=True),
+        Wide(tokens=16, bulk=True),
         Wide(split_k=2, persistent=True),
         Wide(tokens=256, stages=8),
         Wide(ctas_per_sm=3),

@@ -232,7 +232,9 @@ def _measured(n: int, k: int, groups: int, m: int) -> Config:
 
 def ungrouped(config: Wide) -> Wide:
     """The nearest tile of one panel, which fits groups of any number of panels."""
-    return replace(config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0, bulk=False)
+    return replace(
+        config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0, bulk=False
+    )
 
 
 def _invariant(n: int, k: int, m: int) -> Wide:
@@ -281,7 +283,9 @@ class ExpertTiles:
         for config in (self.w13, self.w2):
             config.check()
             if isinstance(config, Wide) and not config.fits_experts:
-                raise ValueError(f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk")
+                raise ValueError(
+                    f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk"
+                )
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
 

@@ -30,6 +30,7 @@ WIDE = [
         for config in (
             Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
             Wide(4, 64, 1, 8, persistent=True),
+            Wide(4, 64, 2, 5, persistent=True),
             Wide(4, 96, 1, 8, persistent=True),
             Wide(4, 128, 1, 7, persistent=True),
         )

@@ -21,7 +21,14 @@ pytestmark = [
 assert ops  # registers torch.ops.cutedsl
 
 NARROW = [Narrow(8, 2, 2, 4, 4), Narrow(16, 2, 2, 4, 1)]
-WIDE = [Wide(1, 64, 2, 4, 4), Wide(2, 128, 2, 4), Wide(2, 256, 1, 5, persistent=True, multicast=2)]
+WIDE = [
+    Wide(1, 64, 2, 4, 4),
+    Wide(2, 128, 2, 4),
+    Wide(2, 256, 1, 5, persistent=True, multicast=2),
+    Wide(3, 96, 2, 4, 2),
+    Wide(2, 256, 1, 5, persistent=True, lag=2, bulk=True),
+    Wide(3, 192, 1, 6, persistent=True, multicast=2, lag=1, bulk=True),
+]
 CONFIGS = NARROW + WIDE
 
 

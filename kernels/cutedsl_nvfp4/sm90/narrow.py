@@ -182,7 +182,9 @@ class NarrowLinear:
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
-        row_scales = self.load_row_scales(warp * 32 + lane, panel, rank, mRowScale)  # come in during the main loop
+        row_scales = self.load_row_scales(
+            warp * 32 + lane, panel, rank, mRowScale
+        )  # come in during the main loop
 
         steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
         first = rank * steps_total // c.split_k

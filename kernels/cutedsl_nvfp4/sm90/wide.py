@@ -51,7 +51,6 @@ from .fragments import (
     smem_address,
     store_in_cluster,
     store_matrices_transposed,
-    store_output,
     store_shared,
     tokens_view,
     weight_registers,
@@ -152,7 +151,9 @@ class WideLinear:
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
-            output: cute.struct.Align[cute.struct.MemRange[Float32, c.output_bytes // 4], 1024 if bulk else 128]
+            output: cute.struct.Align[
+                cute.struct.MemRange[Float32, c.output_bytes // 4], 1024 if bulk else 128
+            ]
 
         self.shared = Shared
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
@@ -249,9 +250,6 @@ class WideLinear:
             cute.arch.sync_threads()
 
         thread, _, _ = cute.arch.thread_idx()
-        if cutlass.const_expr(c.split_k > 1):  # come in during the main loop
-            _, own_rows = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
-            own_scales = self.load_row_scales(own_rows, thread, mRowScale)
 
         first = Int32(0)
         count = cute.ceil_div(tCodes.shape[1], c.blocks)
@@ -322,8 +320,9 @@ class WideLinear:
                             stage = Int32(0)
                             phase = phase ^ 1
                     step = Int32(0)
-            if cutlass.const_expr(c.multicast > 1):
-                # The other CTA may still write into this one's stages and arrive on its barriers.
+            if cutlass.const_expr(cluster > 1):
+                # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
+                # partial sums.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
         else:
@@ -334,7 +333,9 @@ class WideLinear:
             phase = Int32(0)
             for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
                 token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
-                if cutlass.const_expr(c.split_k == 1):
+                if cutlass.const_expr(c.split_k > 1):
+                    row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
+                else:
                     row_scales = self.load_row_scales(row_tile, thread, mRowScale)
                 acc, stage, phase = self.accumulate(
                     tiled_mma,
@@ -350,8 +351,11 @@ class WideLinear:
                     sScales,
                     scale_bias,
                 )
-                if cutlass.const_expr(c.split_k > 1):
+                if cutlass.const_expr(c.split_k > 1):  # one tile
                     self.send_partials(acc, thread, rank, storage)
+                    cute.arch.cluster_arrive()
+                    cute.arch.cluster_wait()
+                    self.reduce_partials(thread, rank, row_tile, token_tile, storage, row_scales, mBias, mOut)
                 elif cutlass.const_expr(out_atom is not None):
                     results = (out_atom, tOut, out_layout)
                     self.store_tile_bulk(
@@ -364,12 +368,6 @@ class WideLinear:
             if cutlass.const_expr(c.multicast > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
-        if cutlass.const_expr(c.split_k > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-            if warp < consumer_warps:
-                token_tile, row_tile = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
-                self.reduce_partials(thread, rank, row_tile, token_tile, storage, own_scales, mBias, mOut)
 
     @cute.jit
     def tile(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
@@ -435,8 +433,7 @@ class WideLinear:
         thr_mma = tiled_mma.get_slice(thread)
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
         if cutlass.const_expr(c.lag > 0):
-            if count >= c.stages:  # else the one before might be a whole tile ahead and signal twice
-                self.follow(panel)
+            self.follow(panel, count)
         weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
         acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, c.tokens)), Float32)
@@ -474,8 +471,7 @@ class WideLinear:
             if i > 0:
                 self.release(empty, previous, lane)
             if cutlass.const_expr(c.lag > 0):
-                if i == c.lag and count >= c.stages:
-                    self.lead(panel)
+                self.lead(panel, i, count)
             previous = stage
             stage += 1
             if stage == c.stages:
@@ -487,17 +483,22 @@ class WideLinear:
         return acc, stage, phase
 
     @cute.jit
-    def lead(self, panel: Int32):
-        """Let the warpgroup of the next panel start this tile: named barrier 4 + panel, which `follow` waits at."""
-        for p in cutlass.range_constexpr(self.config.panels - 1):
-            if panel == p:
-                cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
+    def lead(self, panel: Int32, step: Int32, count: Int32):
+        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at barrier 4 + panel.
+
+        Tiles of fewer steps than stages do without: a warpgroup could be a whole tile ahead and signal twice.
+        """
+        if step == self.config.lag and count >= self.config.stages:
+            for p in cutlass.range_constexpr(self.config.panels - 1):
+                if panel == p:
+                    cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
 
     @cute.jit
-    def follow(self, panel: Int32):
-        for p in cutlass.range_constexpr(self.config.panels - 1):
-            if panel == p + 1:
-                cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
+    def follow(self, panel: Int32, count: Int32):
+        if count >= self.config.stages:
+            for p in cutlass.range_constexpr(self.config.panels - 1):
+                if panel == p + 1:
+                    cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
 
     @cute.jit
     def meet(self, group: Int32):
@@ -670,6 +671,21 @@ class WideLinear:
             store_in_cluster(target + (t // c.split_k) * (128 * c.panels * 16), values)
 
     @cute.jit
+    def load_reduced_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+        """The scales of the 8 rows that a thread adds in `reduce_partials`."""
+        scales = cute.make_rmem_tensor(8, Float32)
+        first_n = self.reduced_row(row_tile, thread)
+        for r in cutlass.range_constexpr(8):
+            scales[r] = mRowScale[cutlass.min(first_n + r, mRowScale.shape[0] - 1)]
+        return scales
+
+    @cute.jit
+    def reduced_row(self, row_tile: Int32, thread: Int32):
+        """The first of the 8 rows that a thread adds."""
+        line = thread % (PANEL_ROWS * self.config.panels)
+        return row_tile * self.config.rows + line // 16 * 16 + line // 2 % 2 * 8
+
+    @cute.jit
     def reduce_partials(
         self,
         thread: Int32,
@@ -681,25 +697,52 @@ class WideLinear:
         mBias: cute.Tensor,
         mOut: cute.Tensor,
     ):
-        """Add the token slices this CTA owns in ascending k order, scale, store."""
+        """Add the token slices this CTA owns in ascending k order, scale, store.
+
+        A line is 8 rows of one token: words 64 bytes apart in what `send_partials` left, f32 [4, thread] by slice
+        and source. Sixteen lines of a slice read neighbouring words; the next sixteen read rows r ^ 1, or they
+        would meet in the same banks.
+        """
         c = self.config
         slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
-        sPartials = storage.output.get_tensor(cute.make_layout((4, 128 * c.panels, slices, c.split_k)))
-        lane = thread % 32
-        for s in cutlass.range_constexpr(slices):
+        lines = cutlass.const_expr(PANEL_ROWS * c.panels)  # of a slice: half as many as threads
+        slice_words = cutlass.const_expr(128 * c.panels * 4)
+        sPartials = storage.output.get_tensor(cute.make_layout(slice_words * slices * c.split_k))
+        line = thread % lines
+        odd = line // 16 % 2
+        word = line // 16 * 128 + line % 16
+        first_n = self.reduced_row(row_tile, thread)
+        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
+        for i in cutlass.range_constexpr(-(-slices // 2)):
+            s = thread // lines + 2 * i
             t = s * c.split_k + rank
-            m = token_tile * c.tokens + t * 8 + (lane % 4) * 2
-            if t < c.tokens // 8 and m < mOut.shape[0]:
-                total = [Float32(0.0) for _ in range(4)]
+            m = token_tile * c.tokens + t * 8 + line // 4 % 4 * 2 + line % 2
+            if s < slices and t < c.tokens // 8 and m < mOut.shape[0]:
+                total = [Float32(0.0) for _ in range(8)]
                 for source in cutlass.range_constexpr(c.split_k):
-                    for i in cutlass.range_constexpr(4):
-                        total[i] = total[i] + sPartials[i, thread, s, source]
-                for h in cutlass.range_constexpr(2):
-                    n = row_tile * c.rows + thread // 32 * 16 + lane // 4 + 8 * h
-                    if n < mOut.shape[1]:
-                        scale = row_scales[h] * Float32(EPILOGUE_SCALE)
-                        for i in cutlass.range_constexpr(2):
-                            value = total[2 * h + i] * scale
-                            if cutlass.const_expr(self.has_bias):
-                                value = value + mBias[n]
-                            store_output(mOut, m + i, n, value)
+                    base = word + (source * slices + s) * slice_words
+                    bases = (base + odd * 16, base - odd * 16)
+                    for r in cutlass.range_constexpr(8):
+                        total[r] = total[r] + sPartials[bases[r % 2] + r * 16]
+                values = cute.make_rmem_tensor(8, mOut.element_type)
+                for r in cutlass.range_constexpr(8):
+                    value = total[r] if odd == 0 else total[r ^ 1]
+                    value = value * (row_scales[r] * Float32(EPILOGUE_SCALE))
+                    if cutlass.const_expr(self.has_bias):
+                        value = value + mBias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
+                    values[r] = value.to(mOut.element_type)
+                words = cute.recast_tensor(values, Uint32)
+                for q in cutlass.range_constexpr(8 // elements):
+                    n = first_n + q * elements
+                    if cutlass.const_expr(self.aligned_rows):
+                        if n < mOut.shape[1]:
+                            piece = cute.make_rmem_tensor(4, Uint32)
+                            for j in cutlass.range_constexpr(4):
+                                piece[j] = words[4 * q + j]
+                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
+                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
+                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+                    else:
+                        for j in cutlass.range_constexpr(elements):
+                            if n + j < mOut.shape[1]:
+                                mOut[m, n + j] = values[q * elements + j]

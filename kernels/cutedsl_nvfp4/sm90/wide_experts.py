@@ -52,7 +52,9 @@ class WideExperts(WideLinear):
     def __init__(self, config: Wide, activated: bool):
         config.check()
         if not config.fits_experts:
-            raise ValueError(f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk")
+            raise ValueError(
+                f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk"
+            )
         self.config = config
         self.activated = activated
         self.panel_columns = PANEL_ROWS // 2 if activated else PANEL_ROWS  # results of a panel and slot
