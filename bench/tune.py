@@ -2,7 +2,7 @@
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
     PYTHONPATH=kernels:bench python3 bench/tune.py OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
-        [--known ROWS.jsonl.gz]
+        [--known ROWS.jsonl.gz] [--without bulk=True,panels=3]
 
 Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
 A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next, and
@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 
 import candidates
 import torch
@@ -69,11 +70,12 @@ def relative_error(shape: Shape, codes, scales, row_scale, x, out) -> tuple[floa
     )
 
 
-def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict) -> None:
-    """`known` is choose_tiles.read's: {(n, k, groups, m): {config: us}}."""
+def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, without: Sequence[str]) -> None:
+    """`known` is choose_tiles.read's, {(n, k, groups, m): {config: us}}; `without` are parts of a config's repr."""
     codes, scales, rotated, row_scale = operands(shape)
     panels_per_group = -(-shape.n // 64) // shape.groups
     configs = candidates.narrow() + candidates.wide()
+    configs = [c for c in configs if not any(part in repr(c) for part in without)]
     slow: set[Config] = set()
     verified: set[Config] = set()
     for m in tokens:
@@ -121,7 +123,9 @@ def main() -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument("--known", help="rows of an earlier run")
+    parser.add_argument("--without", default="", help="no configurations whose repr contains one of these")
     arguments = parser.parse_args()
+    without = list(filter(None, arguments.without.split(",")))
     known = read([arguments.known]) if arguments.known else {}
     every = model_shapes()
     if ":" in arguments.shapes:
@@ -132,7 +136,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     with open(arguments.out, "w") as file:
         for shape in selected:
-            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known)
+            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known, without)
 
 
 if __name__ == "__main__":
