@@ -81,6 +81,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
     for m in tokens:
         x = torch.randn(m, shape.groups * shape.k, device="cuda").to(torch.bfloat16)
         times: dict[Config, float] = {}
+        rows = []  # written together: half a problem's configurations must not replace an earlier run's
         before = known.get((shape.n, shape.k, shape.groups, m), {})
         limit = KNOWN_LOSS * min(before.values(), default=0.0)
         for config in configs:
@@ -106,11 +107,12 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
             graph = capture([lambda w=w: call(w) for w in calls])
             times[config] = microseconds(graph, len(calls), repeats=3, target_us=1500.0)
             row = {"shape": shape.name, "n": shape.n, "k": shape.k, "groups": shape.groups, "m": m}
-            file.write(json.dumps(row | {"config": repr(config), "us": round(times[config], 3)}) + "\n")
+            rows.append(json.dumps(row | {"config": repr(config), "us": round(times[config], 3)}) + "\n")
         if times:
             best = min(times, key=times.get)
             slow |= {c for c, us in times.items() if us > 1.5 * times[best] and _smaller(c, best)}
             print(f"{shape.name} M={m} {times[best]:.2f} us {best}", flush=True)
+        file.writelines(rows)
         file.flush()
 
 

@@ -67,7 +67,11 @@ class WideLinear:
 
     def __init__(self, config: Wide, has_bias: bool, aligned_rows: bool):
         config.check()
-        if config.persistent and not config.bulk and config.tokens // config.output_tokens % 2:
+        if (
+            config.persistent
+            and not (config.bulk and aligned_rows)
+            and config.tokens // config.output_tokens % 2
+        ):
             # the next tile's first piece would use the buffer that this tile's last one may still be read from
             raise ValueError(
                 f"{config}: a persistent tile is stored in an even number of pieces of {config.output_tokens} tokens"
