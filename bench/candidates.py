@@ -18,6 +18,10 @@ def _legal(configs) -> list[Config]:
     return legal
 
 
+def _signalled(configs: list[Config]) -> list[Config]:
+    return [replace(config, signal=True) for config in configs if config.split_k > 1]
+
+
 def narrow() -> list[Config]:
     """For few tokens: K over warps and a cluster, several CTAs an SM."""
     pipelines = (
@@ -33,12 +37,13 @@ def narrow() -> list[Config]:
         (4, 1, 7),  # all of a short K in flight before the previous kernel has finished
         (2, 2, 7),
     )
-    return _legal(
+    configs = _legal(
         Narrow(tokens, k_warps, blocks, stages, split)
         for tokens in (8, 16)
         for k_warps, blocks, stages in pipelines
         for split in SPLITS
     ) + _legal(Narrow(32, k_warps, 1, 4, split) for k_warps in (2, 4) for split in SPLITS)
+    return configs + _signalled(configs)
 
 
 def wide() -> list[Config]:
@@ -109,7 +114,7 @@ def wide() -> list[Config]:
         ]
         + [Wide(2, 256, 1, 5, persistent=True, lag=2)]
     )
-    return small + large
+    return small + large + _signalled(small + large)
 
 
 def experts(mean: float) -> list[list[Config]]:

@@ -40,6 +40,8 @@ def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
         Wide(3, 192, 1, 6, persistent=True, lag=1, bulk=True),
         Wide(2, 256, 1, 5, persistent=True, lag=2, multicast=2, bulk=True),
         Wide(3, 96, 2, 4, split_k=2),
+        Wide(2, 96, 2, 4, split_k=8, signal=True),
+        Narrow(16, 4, 1, 4, split_k=8, signal=True),
     ],
     ids=str,
 )
@@ -132,6 +134,8 @@ def test_shipped_configurations_are_legal(config):
         Wide(lag=1),
         Wide(panels=3, tokens=64, persistent=True, lag=3),
         Wide(split_k=2, bulk=True),
+        Wide(signal=True),
+        Narrow(signal=True),
         Wide(tokens=16, bulk=True),
         Wide(split_k=2, persistent=True),
         Wide(tokens=256, stages=8),

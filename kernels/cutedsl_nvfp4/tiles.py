@@ -25,6 +25,7 @@ class Narrow:
     blocks: int = 2  # k blocks of 64 a warp takes from a stage
     stages: int = 4
     split_k: int = 1  # CTAs of a cluster that share a tile's K
+    signal: bool = False  # partial sums count themselves in where they arrive: no barrier of the cluster
 
     @property
     def rows(self) -> int:
@@ -64,6 +65,11 @@ class Narrow:
         """As many as shared memory holds."""
         return min(6, SM90_SHARED_MEMORY // (self.shared_memory + 1024))
 
+    @property
+    def fits_experts(self) -> bool:
+        """Whether the experts' kernels know every feature of this tile."""
+        return not self.signal
+
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
         """One panel lies in one group."""
         return True
@@ -91,6 +97,7 @@ class Wide:
     multicast: int = 1  # CTAs of a cluster that share the tokens and differ in rows
     lag: int = 0  # stages a warpgroup starts a tile behind the one before it: one stores, another multiplies
     bulk: bool = False  # two-byte results leave shared memory by TMA
+    signal: bool = False  # as Narrow's
 
     @property
     def rows(self) -> int:
@@ -137,7 +144,7 @@ class Wide:
     @property
     def fits_experts(self) -> bool:
         """Whether the experts' kernels know every feature of this tile."""
-        plain = self.split_k == self.multicast == 1 and not (self.lag or self.bulk)
+        plain = self.split_k == self.multicast == 1 and not (self.lag or self.bulk or self.signal)
         return plain and self.panels != 3 and self.tokens % 32 == 0
 
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
@@ -169,6 +176,8 @@ Config = Narrow | Wide
 
 
 def _check_shared(config: Config) -> None:
+    if config.signal and config.split_k == 1:
+        raise ValueError(f"{config}: only shares of split_k signal")
     if not 1 <= config.split_k <= MAX_CLUSTER or MAX_CLUSTER % config.split_k:
         raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
     if config.stages < 2:
@@ -282,9 +291,10 @@ class ExpertTiles:
             raise ValueError(f"{self}: w13 and w2 must take the same tokens")
         for config in (self.w13, self.w2):
             config.check()
-            if isinstance(config, Wide) and not config.fits_experts:
+            if not config.fits_experts:
                 raise ValueError(
-                    f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk"
+                    f"{config}: experts take no signal; wide ones tokens in 32s, no 3 panels, split_k, multicast, "
+                    "lag or bulk"
                 )
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")

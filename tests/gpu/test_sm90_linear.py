@@ -20,12 +20,13 @@ pytestmark = [
 
 assert ops  # registers torch.ops.cutedsl
 
-NARROW = [Narrow(8, 2, 2, 4, 4), Narrow(16, 2, 2, 4, 1)]
+NARROW = [Narrow(8, 2, 2, 4, 4), Narrow(16, 2, 2, 4, 1), Narrow(16, 4, 1, 4, 8, signal=True)]
 WIDE = [
     Wide(1, 64, 2, 4, 4),
     Wide(2, 128, 2, 4),
     Wide(2, 256, 1, 5, persistent=True, multicast=2),
     Wide(3, 96, 2, 4, 2),
+    Wide(2, 96, 2, 4, 8, signal=True),
     Wide(2, 256, 1, 5, persistent=True, lag=2, bulk=True),
     Wide(3, 192, 1, 6, persistent=True, multicast=2, lag=1, bulk=True),
 ]

@@ -119,6 +119,16 @@ def store_in_cluster(address: Int32, values, *, loc=None, ip=None):
     _asm(None, operands, text, "r" + ",f" * n + ",~{memory}", loc, ip, volatile=True)
 
 
+@dsl_user_op
+def signal_in_cluster(address: Int32, values, barrier: Int32, *, loc=None, ip=None):
+    """store_in_cluster without a cluster barrier: `barrier`, in the same CTA, counts the bytes once they are there."""
+    n = len(values)
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (address, *values, barrier)]
+    registers = ", ".join(f"${i + 1}" for i in range(n))
+    text = f"st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v{n}.f32 [$0], {{{registers}}}, [${n + 1}];"
+    _asm(None, operands, text, "r" + ",f" * n + ",r,~{memory}", loc, ip, volatile=True)
+
+
 def weight_registers(word: Uint32, scale_word: Uint32, odd: int, bias: Uint32):
     """One code word and its rows' scales -> the A fragment of one k16 step: 4 Uint32, weights * 2^-8 in bf16.
 

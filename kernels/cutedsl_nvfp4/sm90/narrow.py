@@ -22,9 +22,9 @@ Pipelines
     empty[stage]      every consumer warp           ->  producer
 Reduction
     K is split over the k groups of a CTA and the `split_k` CTAs of a cluster. Each warp sends its partial
-    sums to the CTA that owns those rows (distributed shared memory); after one cluster barrier the owner
-    adds them in ascending k order. No workspace, no atomics: the result is deterministic, and kernels on
-    other streams cannot meet.
+    sums to the CTA that owns those rows (distributed shared memory); after one cluster barrier, or with
+    `signal` once barrier `reduced` has counted their bytes, the owner adds them in ascending k order. No
+    workspace, no atomics: the result is deterministic, and kernels on other streams cannot meet.
 """
 
 import cutlass
@@ -41,6 +41,7 @@ from .fragments import (
     load_words,
     mma_m16n8k16,
     partition_loads,
+    signal_in_cluster,
     smem_address,
     store_in_cluster,
     store_output,
@@ -103,7 +104,7 @@ class NarrowLinear:
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
-            empty: cute.struct.MemRange[Int64, stages]
+            empty: cute.struct.MemRange[Int64, stages + c.signal]  # and reduced
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
@@ -164,6 +165,7 @@ class NarrowLinear:
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        reduced = empty + stages
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
@@ -176,6 +178,9 @@ class NarrowLinear:
                 for stage in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + stage, 1)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps)
+                if cutlass.const_expr(c.signal):
+                    cute.arch.mbarrier_init(reduced, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(reduced, c.partial_bytes)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(c.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -242,10 +247,18 @@ class NarrowLinear:
                 address = partials + slot * 8
                 if cutlass.const_expr(c.split_k > 1):
                     address = address_in_cluster(address, unit // units)
+                if cutlass.const_expr(c.signal):
+                    barrier = address_in_cluster(smem_address(reduced), unit // units)
                 for column in cutlass.range_constexpr(tokens // 8):
                     values = (acc[2 * half, column], acc[2 * half + 1, column])
-                    store_in_cluster(address + column * 256, values)
-        if cutlass.const_expr(c.split_k > 1):
+                    if cutlass.const_expr(c.signal):
+                        signal_in_cluster(address + column * 256, values, barrier)
+                    else:
+                        store_in_cluster(address + column * 256, values)
+        if cutlass.const_expr(c.signal):
+            if warp < consumer_warps:
+                cute.arch.mbarrier_wait(reduced, 0)
+        elif cutlass.const_expr(c.split_k > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:

@@ -48,6 +48,7 @@ from .fragments import (
     partition_loads,
     results_view,
     settle,
+    signal_in_cluster,
     smem_address,
     store_in_cluster,
     store_matrices_transposed,
@@ -151,7 +152,7 @@ class WideLinear:
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
-            empty: cute.struct.MemRange[Int64, stages]
+            empty: cute.struct.MemRange[Int64, stages + c.signal]  # and reduced
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
@@ -235,6 +236,7 @@ class WideLinear:
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        reduced = empty + stages  # with `signal`: this CTA's partial sums are complete
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
@@ -246,6 +248,12 @@ class WideLinear:
                 for stage in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + stage, 1)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps * c.multicast)
+                if cutlass.const_expr(c.signal):
+                    owned = (c.tokens // 8 - rank + c.split_k - 1) // c.split_k  # token slices
+                    cute.arch.mbarrier_init(reduced, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(
+                        reduced, owned * (c.split_k * c.panels * 128 * 16)
+                    )
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(cluster > 1):
             cute.arch.cluster_arrive_relaxed()
@@ -324,7 +332,7 @@ class WideLinear:
                             stage = Int32(0)
                             phase = phase ^ 1
                     step = Int32(0)
-            if cutlass.const_expr(cluster > 1):
+            if cutlass.const_expr(cluster > 1 and not c.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
                 # partial sums.
                 cute.arch.cluster_arrive()
@@ -356,9 +364,12 @@ class WideLinear:
                     scale_bias,
                 )
                 if cutlass.const_expr(c.split_k > 1):  # one tile
-                    self.send_partials(acc, thread, rank, storage)
-                    cute.arch.cluster_arrive()
-                    cute.arch.cluster_wait()
+                    self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+                    if cutlass.const_expr(c.signal):
+                        cute.arch.mbarrier_wait(reduced, 0)
+                    else:
+                        cute.arch.cluster_arrive()
+                        cute.arch.cluster_wait()
                     self.reduce_partials(thread, rank, row_tile, token_tile, storage, row_scales, mBias, mOut)
                 elif cutlass.const_expr(out_atom is not None):
                     results = (out_atom, tOut, out_layout)
@@ -664,15 +675,19 @@ class WideLinear:
                 cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage):
+    def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage, reduced: Int32):
         """Partial sums of token slice t go to the CTA t % split_k of the cluster."""
         c = self.config
         slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
         buffer = smem_address(storage.output.data_ptr()) + (rank * slices * (128 * c.panels) + thread) * 16
         for t in cutlass.range_constexpr(c.tokens // 8):
             target = address_in_cluster(buffer, Int32(t % c.split_k))
+            target += (t // c.split_k) * (128 * c.panels * 16)
             values = tuple(acc[t * 4 + i] for i in range(4))
-            store_in_cluster(target + (t // c.split_k) * (128 * c.panels * 16), values)
+            if cutlass.const_expr(c.signal):
+                signal_in_cluster(target, values, address_in_cluster(reduced, Int32(t % c.split_k)))
+            else:
+                store_in_cluster(target, values)
 
     @cute.jit
     def load_reduced_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
