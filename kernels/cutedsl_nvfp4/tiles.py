@@ -307,7 +307,7 @@ class ExpertTiles:
 def expert_widths(config: Wide) -> tuple[int, ...]:
     """The numbers of tokens that an experts kernel multiplies: a tile with fewer slots takes the next of them.
 
-    More than three, or more than one where two CTAs share an SM, take more registers than there are.
+    More than four, or more than one where two CTAs share an SM, take more registers than there are.
     """
     step = 32 if config.tokens <= 128 else 64
     widths = tuple(range(step, config.tokens + 1, step))
