@@ -203,6 +203,39 @@ def test_metadata_kernels_run_without_triton():
     } <= set(dispatcher._registry)
 
 
+@pytest.mark.parametrize("capturing", [True, False])
+def test_captured_graphs_write_ratio_128_entries(monkeypatch, capturing):
+    """As the runner captures: under mode NONE, with a dummy batch that ends no block of 128."""
+    from vllm.models.deepseek_v4 import compressor
+
+    ran = []
+    store = "vllm.models.deepseek_v4.nvidia.ops.sparse_attn_compress_cutedsl"
+    fake = SimpleNamespace(_SPARSE_ATTN_COMPRESSOR_CUTEDSL_KERNEL=lambda **_: ran.append("compressed"))
+    monkeypatch.setitem(sys.modules, store, fake)
+    monkeypatch.setattr(compressor, "_SAVE_PARTIAL_STATES_KERNEL", lambda **_: ran.append("saved"))
+    monkeypatch.setattr(compressor, "current_platform", SimpleNamespace(
+        is_cuda=lambda: True, is_rocm=lambda: False, is_xpu=lambda: False
+    ))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    empty = torch.empty(1)
+    metadata = SimpleNamespace(
+        token_to_req_indices=empty, slot_mapping=empty, block_table=empty, block_size=8, c128_boundary=False
+    )
+    monkeypatch.setattr(compressor, "get_forward_context", lambda: SimpleNamespace(
+        attn_metadata={"state": metadata, "cache": metadata},
+        cudagraph_runtime_mode=compressor.CUDAGraphMode.NONE,
+    ))  # fmt: skip
+    layer = SimpleNamespace(
+        coff=1, head_dim=512, compress_ratio=128, ape=empty, rope_head_dim=64, overlap=False, use_fp4_cache=False,
+        norm=SimpleNamespace(weight=empty), rms_norm_eps=1e-6, _quant_block=64, _token_stride=576, _scale_dim=8,
+        state_cache=SimpleNamespace(prefix="state", kv_cache=torch.empty(1, 8, 1024)), k_cache_prefix="cache",
+        _static_forward_context={"cache": SimpleNamespace(kv_cache=torch.empty(1, dtype=torch.uint8))},
+    )  # fmt: skip
+    rotary = SimpleNamespace(cos_sin_cache=empty)
+    compressor.DeepseekCompressor.forward(layer, torch.empty(1, 1024), empty, rotary)
+    assert ran == (["saved", "compressed"] if capturing else ["saved"])
+
+
 def test_cpu_tile_scheduler_has_every_layer_type():
     from vllm.models.deepseek_v4.cpu.cpu_mla import DeepseekV4CPUSparseSWAMetadataBuilder as Builder
 
