@@ -107,12 +107,15 @@ selfcheck.serve_child(multiply)
 
 
 @pytest.mark.parametrize(
-    "body, words",
-    [(ILLEGAL_ADDRESS, "Error: CUDA error: an illegal memory access"), (HANG, "no answer for 3 s: it hangs")],
+    "body, seconds, words",
+    [
+        (ILLEGAL_ADDRESS, selfcheck.RUN_SECONDS, "Error: CUDA error: an illegal memory access"),
+        (HANG, 3.0, "no answer for 3 s: it hangs"),
+    ],
     ids=["illegal address", "hang"],
 )
-def test_crash_and_hang_cost_the_child_only(tmp_path, monkeypatch, body, words):
-    monkeypatch.setattr(selfcheck, "RUN_SECONDS", 3.0)
+def test_crash_and_hang_cost_the_child_only(tmp_path, monkeypatch, body, seconds, words):
+    monkeypatch.setattr(selfcheck, "RUN_SECONDS", seconds)
     with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}") as failed:
         selfcheck.check_in_child([KERNEL], "cuda:0", command=child(tmp_path, body))
     assert words in str(failed.value)
