@@ -17,7 +17,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.model_executor.kernels.linear import init_nvfp4_linear_kernel
 
 from cutedsl_nvfp4.support import Layout
-from cutedsl_nvfp4.vllm import plugin
+from cutedsl_nvfp4.vllm import plugin, refusals
 from cutedsl_nvfp4.vllm.refusals import refuse_unsupported
 
 KERNEL = "CuTeDSLNvFp4LinearKernel"
@@ -66,6 +66,18 @@ def test_the_default_configuration_is_served(config):
     refuse_unsupported(config, KERNEL, Layout.PLAIN)
     config.model_config = stand_in(ModelConfig, enable_sleep_mode=False)
     refuse_unsupported(config, KERNEL, Layout.PLAIN)
+
+
+def test_the_reference_is_refused_under_cuda_graphs(config, monkeypatch):
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setenv("CUTEDSL_NVFP4_IMPL", "reference")
+    config.model_config = stand_in(ModelConfig, enable_sleep_mode=False, enforce_eager=True)
+    refuse_unsupported(config, KERNEL, Layout.PLAIN)
+    config.model_config.enforce_eager = False
+    with pytest.raises(
+        ValueError, match=r"CUDA graphs with CUTEDSL_NVFP4_IMPL=reference.*add --enforce-eager"
+    ):
+        refuse_unsupported(config, KERNEL, Layout.PLAIN)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -3,7 +3,9 @@
 import torch
 from torch.nn import Module
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
+from .. import settings
 from ..support import Layout
 
 
@@ -42,6 +44,16 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | No
         reasons.append(
             f"--dtype {str(model.dtype).removeprefix('torch.')}: the Hopper kernels multiply bfloat16 activations; "
             "leave --dtype out, or name another --linear-backend and --moe-backend"
+        )
+    if (
+        settings.implementation() is settings.Implementation.REFERENCE
+        and current_platform.is_cuda()
+        and model is not None
+        and not model.enforce_eager
+    ):
+        reasons.append(
+            "CUDA graphs with CUTEDSL_NVFP4_IMPL=reference: plain torch copies tables from the CPU, which a graph "
+            "cannot hold; add --enforce-eager"
         )
     if reasons:
         raise ValueError(f"{kernel} does not support " + "; ".join(reasons))
