@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn tuning rows (bench/tune.py) into kernels/cutedsl_nvfp4/measured.py: few configurations for all rows.
 
-    PYTHONPATH=kernels:bench python3 bench/choose_tiles.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.02]
+    PYTHONPATH=kernels:bench python3 bench/choose_tiles.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.01]
 
 Configurations are added greedily, the one that saves most time first, until no (shape, M) is more than
 `--loss` slower than its own best. Fewer configurations mean fewer kernels to compile ahead of time.
@@ -12,8 +12,9 @@ import gzip
 import json
 import pathlib
 from collections import defaultdict
+from dataclasses import fields
 
-from cutedsl_nvfp4.tiles import Narrow, Wide
+from cutedsl_nvfp4.tiles import Config, Narrow, Wide
 
 OUTPUT = pathlib.Path(__file__).parent.parent / "kernels" / "cutedsl_nvfp4" / "measured.py"
 
@@ -55,13 +56,22 @@ def cover(times: dict, loss: float) -> list:
     return chosen
 
 
+def code(config: Config) -> str:
+    """The expression that makes `config`, without what is its class's default."""
+    changed = {
+        f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default
+    }
+    arguments = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+    return f"{type(config).__name__}({arguments})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--gpu", required=True)
-    parser.add_argument("--loss", type=float, default=0.02)
+    parser.add_argument("--loss", type=float, default=0.01)
     arguments = parser.parse_args()
     times = read(arguments.rows)
     chosen = cover(times, arguments.loss)
@@ -70,7 +80,7 @@ def main() -> None:
         used[key] = min((c for c in chosen if c in found), key=found.get)
     configs = [c for c in chosen if c in set(used.values())]
     lines = [
-        f'"""Measured on one {arguments.gpu} by bench/tune.py; bench/choose_tiles.py wrote this, do not edit.',
+        f'"""Measured on {arguments.gpu} by bench/tune.py; bench/choose_tiles.py wrote this, do not edit.',
         "",
         "TABLE[n, k, groups] lists (most tokens, index into CONFIGS, microseconds then), ascending.",
         '"""',
@@ -78,7 +88,7 @@ def main() -> None:
         "from .tiles import Narrow, Wide",
         "",
         "CONFIGS = (",
-        *(f"    {config!r}," for config in configs),
+        *(f"    {code(config)}," for config in configs),
         ")",
         "",
         "TABLE = {",

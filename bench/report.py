@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Bench rows -> a Markdown table, and every bar with its figure; exits 1 where one is missed.
+"""Bench rows -> a Markdown table a run, and every bar with its figure; exits 1 where one is missed.
 
 python3 bench/report.py ROWS.json... > docs/results/h200_linear.md    rows of bench/linear.py, or of bench/experts.py
 python3 bench/report.py ROWS.json... --bars                           the bars alone, of both (make bench-check)
+
+A file holds one run or {"runs": [...]}, oldest first. The bars take a problem's row of the newest run that has
+it, with that run's peers and ceilings: times of two runs are never compared.
 """
 
 import argparse
@@ -36,6 +39,12 @@ def beaten(rows: list[dict], peers: tuple[str, ...]) -> int:
     return sum(min(r["us"][p] for p in peers if p in r["us"]) < 0.98 * r["us"][OURS] for r in compared)
 
 
+def newest(runs: list[dict]) -> list[dict]:
+    """The last run's row of every problem."""
+    keys = ("n", "k", "groups", "case", "routing", "m")
+    return list({tuple(row.get(key) for key in keys): row for run in runs for row in run["rows"]}.values())
+
+
 def linear_bars(rows: list[dict]) -> list[tuple[str, float, str, float]]:
     """(what, figure, relation, bar)"""
     decode = [r["us"][OURS] - (1.35 * r["floor_us"] + 3) for r in rows if r["m"] <= 16]
@@ -55,7 +64,12 @@ def linear_bars(rows: list[dict]) -> list[tuple[str, float, str, float]]:
             "<=",
             1.25,
         ),
-        ("error over rounding (nan: not recorded)", max(errors, default=math.nan), "<=", 1.05),
+        (
+            f"error over rounding, recorded in {len(errors)} of {len(rows)} rows",
+            max(errors, default=math.nan),
+            "<=",
+            1.05,
+        ),
     ]
 
 
@@ -127,30 +141,32 @@ def main() -> int:
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--bars", action="store_true")
     arguments = parser.parse_args()
-    runs = []
+    every = []
     for path in arguments.rows:
         with open(path) as file:
-            runs.append(json.load(file))
+            content = json.load(file)
+        every += content.get("runs", [content])
     all_met = True
     for title, is_kind, bars, table in (
         ("linear", lambda row: "shape" in row, linear_bars, linear_table),
         ("experts", lambda row: "case" in row, expert_bars, expert_table),
     ):
-        rows = [row for run in runs for row in run["rows"] if is_kind(row)]
-        if not rows:
+        runs = [run for run in every if any(map(is_kind, run["rows"]))]
+        if not runs:
             continue
         print(f"# NVFP4 {title}, W4A16, microseconds\n")
         if not arguments.bars:
-            for run in runs:
-                limits = run["ceilings"]
-                print(
-                    f"{run['gpu']}, torch {run['torch']}, CUDA {run['cuda']}; measured ceilings "
-                    f"{limits['bytes_per_s'] / 1e12:.2f} TB/s, {limits['flops'] / 1e12:.0f} TFLOP/s.\n"
-                )
             print("CUDA graphs, weights from memory, medians of interleaved repeats.\n")
-        all_met = print_bars(bars(rows)) and all_met
-        if not arguments.bars:
-            table(rows)
+        all_met = print_bars(bars(newest(runs))) and all_met
+        for run in runs if not arguments.bars else []:
+            limits = run["ceilings"]
+            if "run" in run:
+                print(f"\n## Run {run['run']}, {run['date']}, tiles {run['tiles']}")
+            print(
+                f"\n{run['gpu']}, torch {run['torch']}, CUDA {run['cuda']}; measured ceilings "
+                f"{limits['bytes_per_s'] / 1e12:.2f} TB/s, {limits['flops'] / 1e12:.0f} TFLOP/s."
+            )
+            table(run["rows"])
     return 0 if all_met else 1
 
 
