@@ -241,8 +241,16 @@ def _measured(n: int, k: int, groups: int, m: int) -> Config:
 
 def ungrouped(config: Wide) -> Wide:
     """The nearest tile of one panel, which fits groups of any number of panels."""
+    even = config.tokens // config.output_tokens % 2 == 0  # without TMA stores only these can be persistent
     return replace(
-        config, panels=1, multicast=1, stages=min(config.stages, 4), ctas_per_sm=1, lag=0, bulk=False
+        config,
+        panels=1,
+        multicast=1,
+        stages=min(config.stages, 4),
+        ctas_per_sm=1,
+        persistent=config.persistent and even,
+        lag=0,
+        bulk=False,
     )
 
 
