@@ -9,7 +9,7 @@ RUN set -eux; \
     python3 -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheel /src; \
     ls -l /wheel
 
-# Kernels compiled ahead of time, without a GPU, one folder for each of KERNEL_ARCHITECTURES (sm_90a, or none).
+# Kernels compiled ahead of time, without a GPU, one folder for each of KERNEL_ARCHITECTURES (sm_90a,sm_100a,…, or none).
 FROM ${BASE_IMAGE} AS compiled
 ARG KERNEL_ARCHITECTURES=none
 COPY kernels/ /src/
@@ -52,7 +52,7 @@ RUN set -eux; \
     export HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1; \
     python3 /opt/cutedsl_nvfp4/scripts/import_patched; \
     python3 /opt/cutedsl_nvfp4/scripts/register_kernels; \
-    python3 -c 'import os, sys; built = os.listdir(sys.argv[1]); assert sys.argv[2:] == [",".join(sorted(built)) or "none"], built' \
+    python3 -c 'import os, sys; built = os.listdir(sys.argv[1]) or ["none"]; assert sorted(sys.argv[2].split(",")) == sorted(built), built' \
         /opt/cutedsl_nvfp4/compiled "${KERNEL_ARCHITECTURES}"; \
     python3 /opt/cutedsl_nvfp4/scripts/check_labels "${VLLM_VERSION}" "${PATCHES_SHA256}"; \
     find /tmp -mindepth 1 -delete; \

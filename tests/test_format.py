@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cutedsl_nvfp4 import format
 from cutedsl_nvfp4.format import (
     E2M1_VALUES,
     check_block_scales,
@@ -16,9 +17,11 @@ from cutedsl_nvfp4.format import (
     global_scale_from_divisor,
     pack_codes,
     swizzle_128x4,
+    swizzle_scales,
     swizzled_shape,
     unpack_codes,
     unswizzle_128x4,
+    unswizzle_scales,
 )
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -247,3 +250,28 @@ def test_unswizzle_inverts_swizzle(rows, groups, batch):
 def test_unswizzle_refuses_another_shape(rows, groups):
     with pytest.raises(ValueError, match=rf"layout of {rows} x {groups} scales is .*, got \(128, 4\)"):
         unswizzle_128x4(swizzle_128x4(distinct_scales(128, 4)), rows, groups)
+
+
+@pytest.mark.parametrize("shape", [(200, 10), (2, 130, 5), (3, 2, 1, 1), (0, 4)], ids=str)
+def test_swizzled_scales_have_an_axis_for_every_tile(shape):
+    scales = distinct_scales(*shape)
+    before = scales.view(torch.uint8).clone()
+    tiles = swizzle_scales(scales)
+    *batch, rows, groups = shape
+    assert tiles.dtype == torch.uint8
+    assert tiles.shape == (*batch, -(-rows // 128), -(-groups // 4), 32, 16)
+    expected = swizzle_128x4(scales).view(torch.uint8)
+    assert torch.equal(tiles.flatten(), expected.flatten())
+    assert torch.equal(unswizzle_scales(tiles, rows, groups).view(torch.uint8), before)
+    assert torch.equal(scales.view(torch.uint8), before)
+
+
+@pytest.mark.parametrize("at_once", [1, 128 * 8 * 2, 1 << 26])
+def test_whole_tiles_are_swizzled_in_their_own_storage(at_once, monkeypatch):
+    monkeypatch.setattr(format, "SCALES_CHECKED_AT_ONCE", at_once)
+    scales = distinct_scales(3, 256, 8)
+    before, expected = scales.clone(), swizzle_128x4(scales)
+    tiles = swizzle_scales(scales)
+    assert tiles.data_ptr() == scales.data_ptr()
+    assert torch.equal(tiles.flatten(), expected.view(torch.uint8).flatten())
+    assert torch.equal(unswizzle_scales(tiles, 256, 8).view(torch.uint8), before.view(torch.uint8))

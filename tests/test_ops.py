@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cutedsl_nvfp4 import ops, reference
+from cutedsl_nvfp4 import ops, reference, support
+from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 64, 32, 6
 
@@ -270,3 +271,76 @@ def test_compiles_into_one_graph_for_every_number_of_tokens(random_weight, quant
     assert [name.removesuffix(".default") for name in called] == [
         "cutedsl.nvfp4_linear", "cutedsl.nvfp4_experts", "cutedsl.nvfp4_quantize", "cutedsl.nvfp4_linear",
     ]  # fmt: skip
+
+
+# --- operands of Blackwell's layout go to the device's kernels ---
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list:
+    """The calls Blackwell's kernels would get: (operation, arguments, named arguments)."""
+    calls = []
+
+    class Kernels:
+        def __init__(self, operation: str):
+            self.operation = operation
+
+        def run(self, x, *arguments, **named):
+            calls.append((self.operation, (x, *arguments), named))
+            return x.new_zeros((x.shape[0], named.get("n", x.shape[1])), dtype=named["out_dtype"])
+
+    monkeypatch.setattr(support, "block_scaled_kernels", lambda operation, device: Kernels(operation))
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["w4a4 static", "w4a4 dynamic"])
+def test_block_scaled_linear_reaches_the_kernel(random_weight, launched, mode):
+    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype = linear_arguments(
+        random_weight, 5, mode, groups=2, bias=gaussian(16)
+    )
+    operands = prepare_linear(
+        codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED, groups=groups
+    )
+    weight = operands.codes, operands.block_scales, operands.row_scale
+    out = ops.nvfp4_linear(x, *weight, act_scale, bias, n, k, groups, quantized, out_dtype)
+    ((operation, arguments, named),) = launched
+    assert operation == "linear" and out.shape == (5, n)
+    for got, want in zip(arguments, (x, *weight, act_scale, bias), strict=True):
+        assert got is want or got.data_ptr() == want.data_ptr()
+    assert named == {"n": n, "k": k, "groups": groups, "out_dtype": out_dtype}
+
+
+def test_block_scaled_experts_reach_the_kernel(random_weight, launched):
+    x, w13, w13_scales, _, w2, w2_scales, _, *rest = experts_arguments(random_weight, 5, "w4a4 static")
+    operands = prepare_experts(
+        w13, w13_scales, torch.ones(NUM_EXPERTS, 2), w2, w2_scales, torch.ones(NUM_EXPERTS),
+        layout=support.Layout.BLOCK_SCALED,
+    )  # fmt: skip
+    weights = [value for value in vars(operands).values() if isinstance(value, torch.Tensor)]
+    ops.nvfp4_experts(x, *weights, *rest)
+    ((operation, arguments, named),) = launched
+    assert operation == "experts" and len(arguments) == 12
+    assert (named["hidden"], named["intermediate"], named["swiglu_limit"]) == (HIDDEN, INTERMEDIATE, 10.0)
+
+
+def test_block_scaled_operands_have_no_other_arithmetic(random_weight, launched):
+    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype = linear_arguments(
+        random_weight, 5, "w4a16"
+    )
+    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED)
+    weight = operands.codes, operands.block_scales, operands.row_scale
+    with pytest.raises(ValueError, match="prepared for Blackwell are multiplied in W4A4 only"):
+        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, False, out_dtype)
+    with pytest.raises(ValueError, match="do not promise batch-invariant results"):
+        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, True, out_dtype, True)
+    assert not launched
+
+
+def test_block_scaled_operands_on_another_device_are_refused(random_weight):
+    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype = linear_arguments(
+        random_weight, 5, "w4a16"
+    )
+    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED)
+    weight = operands.codes, operands.block_scales, operands.row_scale
+    with pytest.raises(ValueError, match="multiplied on a CUDA device, got cpu"):
+        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, True, out_dtype)

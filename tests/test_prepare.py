@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear, segment_row_scale
+from cutedsl_nvfp4.format import padded_k, swizzle_128x4
+from cutedsl_nvfp4.prepare import (
+    plain_experts,
+    plain_linear,
+    prepare_experts,
+    prepare_linear,
+    segment_row_scale,
+)
 from cutedsl_nvfp4.sm90.layout import pack_in_place, pack_linear
 from cutedsl_nvfp4.support import Layout
 
@@ -71,6 +78,55 @@ def test_groups_start_panels_of_their_own(random_weight):
     with pytest.raises(ValueError) as error:
         prepare_linear(codes, scales, torch.tensor([0.5]), [80], layout=Layout.PLAIN, groups=3, name=NAME)
     assert_names(error, NAME, "N = 80", "3 groups")
+
+
+# --- Blackwell's layout ---
+
+
+@pytest.mark.parametrize("n, k, groups", [(80, 80, 1), (80, 80, 2), (256, 128, 2), (1, 16, 1)])
+def test_blackwell_keeps_the_codes_and_tiles_the_scales(random_weight, n, k, groups):
+    codes, scales = random_weight(n, k)
+    before = codes.clone(), scales.view(torch.uint8).clone()
+    of_groups = [swizzle_128x4(part) for part in scales.clone().chunk(groups)]
+    prepared = prepare_linear(
+        codes, scales, torch.tensor([0.5]), [n], layout=Layout.BLOCK_SCALED, groups=groups, name=NAME
+    )
+    padding = padded_k(k) // 2 - k // 2
+    assert torch.equal(prepared.codes, torch.nn.functional.pad(before[0], (0, padding)))
+    assert (prepared.codes.data_ptr() == codes.data_ptr()) is (padding == 0)
+    tiles = prepared.block_scales
+    assert tiles.shape == (groups * -(-n // groups // 128), -(-k // 64), 32, 16)
+    assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
+    assert torch.equal(tiles.flatten(), torch.cat([t.view(torch.uint8).flatten() for t in of_groups]))
+    in_place = n // groups % 128 == 0 and k % 64 == 0
+    assert (tiles.data_ptr() == scales.data_ptr()) is in_place
+    back = plain_linear(prepared)
+    assert torch.equal(back[0], before[0]) and torch.equal(back[1].view(torch.uint8), before[1])
+
+
+def test_blackwells_scales_have_no_sign(random_weight):
+    codes, scales = random_weight(4, 32)
+    scales.view(torch.uint8)[0, 0] = 0x80
+    prepared = prepare_linear(codes, scales, torch.tensor([0.5]), [4], layout=Layout.BLOCK_SCALED, name=NAME)
+    assert prepared.block_scales.max() < 0x80 and plain_linear(prepared)[1].view(torch.uint8)[0, 0] == 0
+
+
+@pytest.mark.parametrize("hidden, intermediate", [(128, 64), (144, 80)])
+def test_blackwells_experts_are_tiled_each_on_its_own(random_weight, hidden, intermediate):
+    w13, w2 = random_weight(3, 2 * intermediate, hidden), random_weight(3, hidden, intermediate)
+    before = [t.view(torch.uint8).clone() for t in (*w13, *w2)]
+    prepared = prepare_experts(
+        *w13, torch.ones(3, 2), *w2, torch.ones(3), layout=Layout.BLOCK_SCALED, name="layers.3.experts"
+    )
+    assert prepared.w13_block_scales.shape == (3, 2 * -(-intermediate // 128), -(-hidden // 64), 32, 16)
+    assert prepared.w2_block_scales.shape == (3, -(-hidden // 128), -(-intermediate // 64), 32, 16)
+    gate_and_up = [swizzle_128x4(rows).flatten() for rows in before[1][2].chunk(2)]
+    assert torch.equal(prepared.w13_block_scales[2].flatten(), torch.cat(gate_and_up))
+    for got, want in zip(plain_experts(prepared), before, strict=True):
+        assert torch.equal(got.view(torch.uint8), want)
+
+
+# --- scales of segments ---
 
 
 @pytest.mark.parametrize("global_scale", [torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]])])

@@ -139,5 +139,5 @@ def test_float16_is_refused_where_the_kernels_multiply_bfloat16(config):
     refuse_unsupported(config, KERNEL, Layout.SM90)
     config.model_config = stand_in(ModelConfig, enable_sleep_mode=False, dtype=torch.float16)
     refuse_unsupported(config, KERNEL, Layout.PLAIN)
-    with pytest.raises(ValueError, match="--dtype float16: the Hopper kernels multiply bfloat16"):
+    with pytest.raises(ValueError, match="--dtype float16: our GPU kernels take bfloat16"):
         refuse_unsupported(config, KERNEL, Layout.SM90)

@@ -150,10 +150,20 @@ def test_experts_of_other_ranks_add_nothing(random_weight):
     def adds_something(inputs, layer, tile, out):
         out.fill_(1e-3)
 
-    with pytest.raises(
-        SelfCheckFailed, match="without a local expert, or whose experts are zeros, got a result"
-    ):
+    with pytest.raises(SelfCheckFailed, match="tokens without a local expert got a result"):
         selfcheck.check_experts(elsewhere, m, tiles, generator, adds_something)
+
+
+def test_tokens_are_compared_where_few_experts_are_local(random_weight):
+    from dataclasses import replace
+
+    layer = experts_layer(random_weight)
+    one_of_many = torch.full((512,), -1, dtype=torch.int32)
+    one_of_many[7] = 3
+    rare = replace(layer, known=512, expert_map=one_of_many)
+    generator = torch.Generator().manual_seed(0)
+    tiles = next(iter(rare.tiles(1, False)))
+    assert 0 < selfcheck.check_experts(rare, 400, tiles, generator, emulated) <= 1
 
 
 # --- the child process ---

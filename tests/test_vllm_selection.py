@@ -29,7 +29,7 @@ from cutedsl_nvfp4 import settings, support
 from cutedsl_nvfp4.support import Layout
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
-from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
+from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel, current_support
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -224,6 +224,60 @@ def test_batch_invariance_is_upstreams_elsewhere_and_where_it_is_asked_for(hoppe
     monkeypatch.setattr(vllm_linear.envs, "VLLM_BATCH_INVARIANT", True)
     assert not CuTeDSLNvFp4LinearKernel.supports_batch_invariance()
     assert type(select_linear()) is EmulationNvFp4LinearKernel
+
+
+# --- as on a Blackwell GPU ---
+
+
+@pytest.fixture(params=[100, 103, 120, 121])
+def blackwell(monkeypatch, request) -> int:
+    """What this machine's platform says becomes a Blackwell GPU's; -> its capability."""
+    linear, experts = support.linear, support.experts
+    kernels = {request.param: Layout.BLOCK_SCALED}
+    monkeypatch.setattr(support, "_LINEAR_KERNELS", kernels)
+    monkeypatch.setattr(support, "_EXPERTS_KERNELS", kernels)
+    monkeypatch.setattr(support, "linear", lambda device_type, capability: linear("cuda", request.param))
+    monkeypatch.setattr(support, "experts", lambda device_type, capability: experts("cuda", request.param))
+    return request.param
+
+
+def test_kernels_never_run_serve_where_they_are_asked_for_by_name(blackwell):
+    kernel = select_linear("cutedsl")
+    assert type(kernel) is CuTeDSLNvFp4LinearKernel and kernel.quantize_activations
+    assert kernel.support.layout is Layout.BLOCK_SCALED and not kernel.support.proven
+    assert kernel.support.implementation == f"CuTe DSL sm_{blackwell}a"
+
+
+def test_kernels_never_run_leave_the_layers_to_upstreams(blackwell):
+    assert type(select_linear()) is EmulationNvFp4LinearKernel
+    with pytest.raises(NotImplementedError):  # the CPU has no experts of upstream's
+        select_experts()
+    with set_current_vllm_config(VllmConfig(kernel_config=KernelConfig(moe_backend="cutedsl"))):
+        assert select_experts("cutedsl")[1] is CuTeDSLNvFp4Experts
+    supported, reason = CuTeDSLNvFp4LinearKernel.is_supported(blackwell)
+    assert not supported and f"CuTe DSL sm_{blackwell}a" in reason
+    assert "never run" in reason and "--linear-backend cutedsl serves with them" in reason
+    found = current_support(support.experts)
+    assert not found and "--moe-backend cutedsl serves with them" in found.reason
+
+
+def test_one_kind_asked_for_is_not_the_other(blackwell):
+    with set_current_vllm_config(VllmConfig(kernel_config=KernelConfig(moe_backend="cutedsl"))):
+        assert current_support(support.experts) and not current_support(support.linear)
+    per_quantization = KernelConfig(linear_backend_per_quant={"nvfp4_w4a4": "cutedsl"})
+    with set_current_vllm_config(VllmConfig(kernel_config=per_quantization)):
+        assert current_support(support.linear) and not current_support(support.experts)
+
+
+def test_blackwell_refuses_w4a16_by_name(blackwell, monkeypatch):
+    monkeypatch.setenv("CUTEDSL_NVFP4_ACTIVATIONS", "bf16")
+    with pytest.raises(ValueError, match="CUTEDSL_NVFP4_ACTIVATIONS=bf16: the Blackwell kernels run W4A4"):
+        select_linear("cutedsl")
+
+
+def test_batch_invariance_is_upstreams_on_blackwell(blackwell, monkeypatch):
+    monkeypatch.setattr(vllm_linear.envs, "VLLM_BATCH_INVARIANT", True)
+    assert type(select_linear("cutedsl")) is EmulationNvFp4LinearKernel
 
 
 @pytest.mark.parametrize("operation", [support.linear, support.experts])

@@ -43,6 +43,11 @@ def check_k(k: int, name: str = "K") -> None:
         )
 
 
+def padded_k(k: int) -> int:
+    """K of a row of codes that starts and ends at a multiple of 16 bytes, the unit Blackwell's loads address."""
+    return -(-k // 32) * 32
+
+
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [..., K] codes in 0..15 -> uint8 [..., K/2], low nibble = even k."""
     if codes.shape[-1] % 2:
@@ -156,3 +161,28 @@ def unswizzle_128x4(swizzled: torch.Tensor, rows: int, groups: int) -> torch.Ten
     order = (*range(n), n, n + 3, n + 2, n + 1, n + 4)
     plain = tiles.permute(order).reshape(*batch, padded_rows, padded_groups)
     return plain[..., :rows, :groups].contiguous().view(swizzled.dtype)
+
+
+def swizzle_scales(scales: torch.Tensor) -> torch.Tensor:
+    """e4m3 block scales [..., R, G] -> uint8 [..., ceil(R / 128), ceil(G / 4), 32, 16], 128x4 with its tiles as axes.
+
+    Where no padding is needed and `scales` is contiguous, its own storage is rewritten, a row tile at a time.
+    """
+    *batch, rows, groups = scales.shape
+    padded_rows, padded_groups = swizzled_shape(rows, groups)
+    shape = (*batch, padded_rows // SCALE_TILE_ROWS, padded_groups // SCALE_TILE_GROUPS, 32, 16)
+    if (rows, groups) != (padded_rows, padded_groups) or not scales.is_contiguous():
+        return swizzle_128x4(scales).view(torch.uint8).view(shape)
+    tiles = scales.view(torch.uint8).view(-1, SCALE_TILE_ROWS, groups)
+    step = max(1, SCALES_CHECKED_AT_ONCE // tiles[0].numel()) if len(tiles) else 1
+    for first in range(0, len(tiles), step):
+        some = tiles[first : first + step]
+        some.copy_(swizzle_128x4(some))
+    return tiles.view(shape)
+
+
+def unswizzle_scales(swizzled: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+    """The inverse of `swizzle_scales`, into new memory -> e4m3 [..., rows, groups]."""
+    *batch, row_tiles, group_tiles, _, _ = swizzled.shape
+    flat = swizzled.reshape(*batch, row_tiles * SCALE_TILE_ROWS, group_tiles * SCALE_TILE_GROUPS)
+    return unswizzle_128x4(flat, rows, groups).view(SCALE_DTYPE)

@@ -11,7 +11,7 @@ never mutates, allocates nothing but its result and scratch, and keeps no state 
 
 import torch
 
-from . import reference, settings
+from . import reference, settings, support
 from .format import GROUP_SIZE, SCALE_DTYPE
 from .sm90 import experts as sm90_experts
 from .sm90 import linear as sm90_linear
@@ -25,6 +25,14 @@ def _require_kernel(device: torch.device, op: str) -> None:
         f"cutedsl::{op} has no kernel for {device}; vLLM should have selected another kernel. "
         f"CUTEDSL_NVFP4_IMPL=reference runs the slow torch reference"
     )
+
+
+def _require_w4a4(quantize_activations: bool, batch_invariant: bool) -> None:
+    """Raise unless Blackwell's kernels do what is asked."""
+    if not quantize_activations:
+        raise ValueError("operands prepared for Blackwell are multiplied in W4A4 only")
+    if batch_invariant:
+        raise ValueError("the Blackwell kernels do not promise batch-invariant results")
 
 
 def _check_linear(
@@ -57,9 +65,9 @@ def nvfp4_linear(
 ) -> torch.Tensor:
     """x [M, groups * K] times the prepared weight [N, K] -> [M, N] of `out_dtype`.
 
-    With groups > 1, rows n of group g = n // (N / groups) see x[:, g*K : (g+1)*K] only. The dtype of `codes`
-    tells the layout they were prepared in. With `batch_invariant`, which only GPU kernels offer, a row's
-    result does not depend on the other rows.
+    With groups > 1, rows n of group g = n // (N / groups) see x[:, g*K : (g+1)*K] only. The dtype of `codes` and
+    the axes of `block_scales` tell the layout they were prepared in. With `batch_invariant`, which only Hopper's
+    kernels offer, a row's result does not depend on the other rows.
     """
     if codes.dtype == torch.int64:  # Layout.SM90
         if quantize_activations:
@@ -68,6 +76,11 @@ def nvfp4_linear(
             x, codes, block_scales, row_scale, bias,
             n=n, k=k, groups=groups, out_dtype=out_dtype, batch_invariant=batch_invariant,
         )  # fmt: skip
+    if block_scales.dim() == 4:  # Layout.BLOCK_SCALED
+        _require_w4a4(quantize_activations, batch_invariant)
+        return support.block_scaled_kernels("linear", x.device).run(
+            x, codes, block_scales, row_scale, act_scale, bias, n=n, k=k, groups=groups, out_dtype=out_dtype
+        )
     if batch_invariant:
         raise ValueError("the torch reference does not promise batch-invariant results")
     _check_linear(x, codes, row_scale, n, k, groups)
@@ -105,7 +118,7 @@ def nvfp4_experts(
 ) -> torch.Tensor:
     """x [M, H] through its top-k prepared experts -> [M, H] of `out_dtype`; see reference.experts.
 
-    The dtype of the codes tells the layout they were prepared in; `batch_invariant` as in `nvfp4_linear`.
+    The layout is told as in `nvfp4_linear`; `batch_invariant` as there.
     """
     if w13_codes.dtype == torch.int64:  # Layout.SM90
         if quantize_activations:
@@ -115,6 +128,14 @@ def nvfp4_experts(
             topk_weights, topk_ids, expert_map,
             hidden=w2_row_scale.shape[1], intermediate=w13_row_scale.shape[1] // 2,
             swiglu_limit=swiglu_limit, out_dtype=out_dtype, batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if w13_block_scales.dim() == 5:  # Layout.BLOCK_SCALED
+        _require_w4a4(quantize_activations, batch_invariant)
+        return support.block_scaled_kernels("experts", x.device).run(
+            x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale,
+            topk_weights, topk_ids, act_scale_13, act_scale_2, expert_map,
+            hidden=w2_row_scale.shape[1], intermediate=w13_row_scale.shape[1] // 2,
+            swiglu_limit=swiglu_limit, out_dtype=out_dtype,
         )  # fmt: skip
     if batch_invariant:
         raise ValueError("the torch reference does not promise batch-invariant results")

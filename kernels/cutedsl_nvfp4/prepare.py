@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .format import GROUP_SIZE, check_block_scales, check_global_scale, check_k
+from .format import (
+    GROUP_SIZE,
+    check_block_scales,
+    check_global_scale,
+    check_k,
+    padded_k,
+    swizzle_scales,
+    unswizzle_scales,
+)
 from .sm90.layout import pack_experts, pack_in_place
 from .support import Layout
 
@@ -18,8 +26,10 @@ from .support import Layout
 class PreparedLinear:
     """Operands of one linear layer, logical weight [N, K]."""
 
-    codes: torch.Tensor  # PLAIN: uint8 [N, K/2]; SM90: int64 [P, KB, 256], panels within a group
-    block_scales: torch.Tensor  # PLAIN: e4m3 [N, K/16]; SM90: int32 [P, KB, 64]
+    # PLAIN: uint8 [N, K/2]; SM90: int64 [P, KB, 256], panels within a group; BLOCK_SCALED: PLAIN's, K padded to 32s
+    codes: torch.Tensor
+    # PLAIN: e4m3 [N, K/16]; SM90: int32 [P, KB, 64]; BLOCK_SCALED: uint8 [groups * ceil(N/groups/128), KB, 32, 16]
+    block_scales: torch.Tensor
     row_scale: torch.Tensor  # f32 [N], the global scale of each row's segment
     n: int
     k: int
@@ -31,11 +41,13 @@ class PreparedLinear:
 class PreparedExperts:
     """Operands of E local experts with hidden size H and intermediate size I, expert-major throughout."""
 
-    w13_codes: torch.Tensor  # PLAIN: uint8 [E, 2I, H/2], gate (w1) rows first; SM90: int64 [E, P, KB, 256]
-    w13_block_scales: torch.Tensor  # PLAIN: e4m3 [E, 2I, H/16]; SM90: int32 [E, P, KB, 64]
+    # PLAIN: uint8 [E, 2I, H/2], gate (w1) rows first; SM90: int64 [E, P, KB, 256]; BLOCK_SCALED: H padded to 32s
+    w13_codes: torch.Tensor
+    # PLAIN: e4m3 [E, 2I, H/16]; SM90: int32 [E, P, KB, 64]; BLOCK_SCALED: uint8 [E, 2 * ceil(I/128), KB, 32, 16]
+    w13_block_scales: torch.Tensor
     w13_row_scale: torch.Tensor  # f32 [E, 2I], gate rows first
-    w2_codes: torch.Tensor  # PLAIN: uint8 [E, H, I/2]; SM90: int64 [E, P, KB, 256]
-    w2_block_scales: torch.Tensor  # PLAIN: e4m3 [E, H, I/16]; SM90: int32 [E, P, KB, 64]
+    w2_codes: torch.Tensor  # as w13's, of [E, H, I]
+    w2_block_scales: torch.Tensor  # as w13's, of [E, H, I]
     w2_row_scale: torch.Tensor  # f32 [E, H]
     layout: Layout
 
@@ -58,6 +70,18 @@ def _check_pair(codes: torch.Tensor, block_scales: torch.Tensor, name: str) -> t
         )
     check_block_scales(block_scales, name)
     return n, k
+
+
+def _unsigned(block_scales: torch.Tensor) -> torch.Tensor:
+    """Checked block scales with -0 made 0, in place: the tensor cores' scales (ue4m3) have no sign."""
+    block_scales.view(torch.uint8).bitwise_and_(0x7F)
+    return block_scales
+
+
+def _padded(codes: torch.Tensor) -> torch.Tensor:
+    """Codes with rows of whole 16 bytes: themselves, or where K is an odd number of groups, a copy with zeros."""
+    half = codes.shape[-1]
+    return torch.nn.functional.pad(codes, (0, padded_k(2 * half) // 2 - half)) if half % 16 else codes
 
 
 def segment_row_scale(global_scales: torch.Tensor, segment_sizes: Sequence[int], name: str) -> torch.Tensor:
@@ -99,6 +123,10 @@ def prepare_linear(
     if layout is Layout.SM90:
         grouped = (t.view(groups, n // groups, -1) for t in (codes, block_scales))
         codes, block_scales = (t.flatten(0, 1) for t in pack_in_place(*grouped))
+    elif layout is Layout.BLOCK_SCALED:
+        codes = _padded(codes)
+        block_scales = _unsigned(block_scales).view(groups, n // groups, -1)
+        block_scales = swizzle_scales(block_scales).flatten(0, 1)
     else:
         assert layout is Layout.PLAIN, f"no linear preparation for layout {layout!r}"
     return PreparedLinear(codes, block_scales, row_scale, n, k, layout, groups)
@@ -142,8 +170,32 @@ def prepare_experts(
     if layout is Layout.SM90:
         w13_codes, w13_block_scales = pack_experts(w13_codes, w13_block_scales, gate_up=True)
         w2_codes, w2_block_scales = pack_experts(w2_codes, w2_block_scales, gate_up=False)
+    elif layout is Layout.BLOCK_SCALED:
+        w13_codes, w2_codes = _padded(w13_codes), _padded(w2_codes)
+        w13_block_scales = _unsigned(w13_block_scales).reshape(2 * num_experts, intermediate, -1)
+        w13_block_scales = swizzle_scales(w13_block_scales).unflatten(0, (num_experts, 2)).flatten(1, 2)
+        w2_block_scales = swizzle_scales(_unsigned(w2_block_scales))
     else:
         assert layout is Layout.PLAIN, f"no experts preparation for layout {layout!r}"
     return PreparedExperts(
         w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale, layout
     )
+
+
+def plain_linear(operands: PreparedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layout.BLOCK_SCALED -> the checkpoint's (codes uint8 [N, K/2], block scales e4m3 [N, K/16], a copy)."""
+    assert operands.layout is Layout.BLOCK_SCALED, operands.layout
+    grouped = operands.block_scales.unflatten(0, (operands.groups, -1))
+    rows = operands.n // operands.groups
+    block_scales = unswizzle_scales(grouped, rows, operands.k // GROUP_SIZE).flatten(0, 1)
+    return operands.codes[:, : operands.k // 2], block_scales
+
+
+def plain_experts(operands: PreparedExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layout.BLOCK_SCALED -> the checkpoint's (w13 codes, block scales, w2 codes, block scales); scales are copies."""
+    assert operands.layout is Layout.BLOCK_SCALED, operands.layout
+    two_i, hidden = operands.w13_row_scale.shape[1], operands.w2_row_scale.shape[1]
+    gate_and_up = operands.w13_block_scales.unflatten(1, (2, -1))
+    w13 = unswizzle_scales(gate_and_up, two_i // 2, hidden // GROUP_SIZE).flatten(1, 2)
+    w2 = unswizzle_scales(operands.w2_block_scales, hidden, two_i // 2 // GROUP_SIZE)
+    return operands.w13_codes[..., : hidden // 2], w13, operands.w2_codes[..., : two_i // 4], w2

@@ -4,8 +4,8 @@
                 limit: an illegal address or a deadlock costs the child, not the server's CUDA context
     stage two   the layers' own operands, in the serving process, at every tile the server will use
 
-Each product is written over NaN, so that what no CTA stored shows, and compared in float64 with the weight
-decoded by layout.unpack_linear. A failure names layer, shape, kernel and error. Nothing stays allocated.
+What is compared, and with what: checked_products.py. A failure names layer, shape, kernel and error. Nothing stays
+allocated.
 
     python3 -m cutedsl_nvfp4.selfcheck < REQUEST.json        stage one's child; see `serve_child`
 """
@@ -13,125 +13,51 @@ decoded by layout.unpack_linear. A failure names layer, shape, kernel and error.
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from .format import GROUP_SIZE, SCALE_DTYPE
-from .prepare import PreparedExperts, PreparedLinear, prepare_experts, prepare_linear
-from .reference import dequantize, swiglu
+from .checked_products import (
+    EXPERTS,
+    STATIC_SIZE,
+    ExpertsLayer,
+    Layer,
+    Multiply,
+    SelfCheckFailed,
+    check_experts,
+    check_product,
+    multiply,
+)
+from .format import AMAX_PER_GLOBAL_SCALE, GROUP_SIZE, SCALE_DTYPE
+from .prepare import prepare_experts, prepare_linear
+from .reference import dynamic_act_scale, quantize
 from .sm90 import experts as sm90_experts
 from .sm90 import linear as sm90_linear
-from .sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
-from .support import Layout
-from .tiles import Config, ExpertTiles, chosen, chosen_experts
+from .sm90.layout import PANEL_ROWS
+from .sm100 import quantize as sm100_quantize
+from .sm100.quantize import plain_codes, plain_scales
+from .support import Layout, kernels_for
+from .tiles import Config, ExpertTiles
 
-PANELS = 8  # weight panels a product is compared on: the first, the last and random ones
-TOKENS = 64  # rows of x it is compared on
-EXPERT_TOKENS = 2  # the same for experts, of which each token meets several
-BF16_LIMIT = 1.5  # times the error of rounding the exact product to bf16
-F32_LIMIT = 2e-5  # relative, of a float32 result
 START_SECONDS = 120.0  # for the child to import torch and reach the device
 # for one kernel: compiling it, or for the first, tvm_ffi building its bridge to torch
 COMPILE_SECONDS = 300.0
 RUN_SECONDS = 20.0  # for one kernel's products; they take milliseconds
 END_SECONDS = 10.0  # for the child to end after its last answer
 ANSWER = "self-check: "  # how a child's lines begin
+LINEAR, QUANTIZE = "nvfp4_linear_sm1", "nvfp4_quantize_sm1"  # how names of the other kernels for W4A4 begin
 
-
-class SelfCheckFailed(RuntimeError):
-    """A kernel is wrong, crashed or hung; the message says which and how."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear layer with prepared operands (Layout.SM90)."""
-
-    name: str
-    operands: PreparedLinear
-    out_dtype: torch.dtype
-    bias: torch.Tensor | None = None
-
-    @property
-    def shape(self) -> tuple:
-        return self.operands.n, self.operands.k, self.operands.groups, self.out_dtype, self.bias is not None
-
-    def __str__(self) -> str:
-        weight = self.operands
-        return f"N = {weight.n}, K = {weight.k}, groups = {weight.groups}, {self.out_dtype}"
-
-    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[Config, int]:
-        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
-        return chosen(
-            *self._problem(), max_tokens, batch_invariant, plain=self.bias is None and self._aligned()
-        )
-
-    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
-        """Names of the kernels behind `tiles`."""
-        tiles = self.tiles(max_tokens, batch_invariant)
-        has_bias, aligned = self.bias is not None, self._aligned()
-        return [sm90_linear.kernel_name(tile, self.out_dtype, has_bias, aligned) for tile in tiles]
-
-    def _problem(self) -> tuple[int, int, int]:
-        """(rows, K, groups) as the kernel sees them: with the padding between groups."""
-        weight = self.operands
-        return (
-            (weight.codes.shape[0] * PANEL_ROWS if weight.groups > 1 else weight.n),
-            weight.k,
-            weight.groups,
-        )
-
-    def _aligned(self) -> bool:
-        return self._problem()[0] * self.out_dtype.itemsize % 16 == 0
-
-
-@dataclass(frozen=True)
-class ExpertsLayer:
-    """One layer of prepared routed experts (Layout.SM90), E of them local."""
-
-    name: str
-    operands: PreparedExperts
-    topk: int
-    known: int  # experts that ids name
-    expert_map: torch.Tensor | None = None  # int [known] -> local id or -1
-    swiglu_limit: float | None = None
-    out_dtype: torch.dtype = torch.bfloat16
-    ranks: int = 1  # data-parallel ranks whose tokens meet here
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """(E, H, I)"""
-        experts, hidden = self.operands.w2_row_scale.shape
-        return experts, hidden, self.operands.w13_row_scale.shape[1] // 2
-
-    @property
-    def shape(self) -> tuple:
-        return *self.sizes, self.topk, self.known, self.out_dtype
-
-    def __str__(self) -> str:
-        experts, hidden, intermediate = self.sizes
-        return f"E = {experts} of {self.known}, H = {hidden}, I = {intermediate}, top-k = {self.topk}"
-
-    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[ExpertTiles, int]:
-        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
-        experts, hidden, intermediate = self.sizes
-        most = max_tokens * self.ranks
-        return chosen_experts(hidden, intermediate, self.topk, experts, self.known, most, batch_invariant)
-
-    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
-        """Names of the kernels behind `tiles`, those of one choice together."""
-        return [sm90_experts.tiles_name(tiles) for tiles in self.tiles(max_tokens, batch_invariant)]
-
-
-# (inputs, layer, tile, out) -> None, writes out; inputs are (x,), or for experts (x, top-k weights, top-k ids)
-Multiply = Callable[
-    [tuple[torch.Tensor, ...], Layer | ExpertsLayer, Config | ExpertTiles, torch.Tensor], None
+# (x, act_scale or None, groups) -> (codes, block scales, act scale)
+Quantizer = Callable[
+    [torch.Tensor, torch.Tensor | None, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ]
 
 
@@ -160,181 +86,19 @@ class Report:
         }
 
 
-def multiply(
-    inputs: tuple[torch.Tensor, ...],
-    layer: Layer | ExpertsLayer,
-    tile: Config | ExpertTiles,
-    out: torch.Tensor,
-) -> None:
-    """What the op computes, with one tile."""
-    weight = layer.operands
-    if isinstance(layer, Layer):
-        sm90_linear.run(
-            *inputs, weight.codes, weight.block_scales, weight.row_scale, layer.bias,
-            n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
-        )  # fmt: skip
-        return
-    x, weights, ids = inputs
-    _, hidden, intermediate = layer.sizes
-    sm90_experts.run(
-        x, weight.w13_codes, weight.w13_block_scales, weight.w13_row_scale, weight.w2_codes, weight.w2_block_scales,
-        weight.w2_row_scale, weights, ids, layer.expert_map, hidden=hidden, intermediate=intermediate,
-        swiglu_limit=layer.swiglu_limit, out_dtype=out.dtype, config=tile, out=out,
-    )  # fmt: skip
-
-
-def _pick(count: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
-    """`wanted` different indices below `count`, ascending; the first and the last among them."""
-    if count <= wanted:
-        return torch.arange(count)
-    inner = torch.randperm(count - 2, generator=generator)[: wanted - 2] + 1
-    return torch.cat([torch.tensor([0, count - 1]), inner]).sort().values
-
-
-def _exact(
-    x: torch.Tensor, layer: Layer, panels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(rows n [R] of `panels`, their products with x in float64 [T, R], what size these have by chance [R])."""
-    weight = layer.operands
-    codes, scales = weight.codes[panels], weight.block_scales[panels]
-    plain = unpack_linear(codes, scales, PANEL_ROWS * len(panels), weight.k)
-    values = dequantize(*plain, dtype=torch.float64).view(-1, PANEL_ROWS, weight.k)
-    panels_per_group = weight.codes.shape[0] // weight.groups
-    rows_per_group = weight.n // weight.groups
-    group = panels // panels_per_group
-    row = (panels % panels_per_group * PANEL_ROWS).unsqueeze(1) + torch.arange(PANEL_ROWS, device=x.device)
-    real = row < rows_per_group  # the rest is padding
-    n = ((group * rows_per_group).unsqueeze(1) + row)[real]
-    tokens = x.double().view(len(x), weight.groups, weight.k)[:, group]
-    row_scale = weight.row_scale[n].double()
-    exact = torch.einsum("tpk,prk->tpr", tokens, values)[:, real] * row_scale
-    size = values.norm(dim=-1)[real] * row_scale
-    if layer.bias is not None:
-        bias = layer.bias[n].double()
-        exact, size = exact + bias, size + bias.abs()
-    return n, exact, torch.where(size > 0, size, torch.ones_like(size))
-
-
-def _check_finite(out: torch.Tensor) -> None:
-    """Raise SelfCheckFailed if a poisoned result was not written everywhere."""
-    finite = torch.isfinite(out)
-    if not bool(finite.all()):
-        missing = (~finite).nonzero()
-        raise SelfCheckFailed(
-            f"{len(missing)} of {out.numel()} results were not written or are not finite, the first at "
-            f"[m, n] = {missing[0].tolist()}"
-        )
-
-
-def check_product(
-    layer: Layer, m: int, tile: Config, generator: torch.Generator, multiply: Multiply = multiply
-) -> float:
-    """Multiply m random tokens by `layer` with `tile` -> the error over its limit, at most 1.
-
-    `generator` is the CPU's. Raises SelfCheckFailed for a result that is not finite or too far from the
-    float64 product.
-    """
-    weight = layer.operands
-    device = weight.codes.device
-    seed = int(torch.randint(1 << 31, (), generator=generator))
-    x = torch.randn(
-        m, weight.groups * weight.k, device=device, generator=torch.Generator(device).manual_seed(seed)
-    ).to(torch.bfloat16)
-    out = torch.full((m, weight.n), float("nan"), device=device, dtype=layer.out_dtype)
-    multiply((x,), layer, tile, out)
-    _check_finite(out)
-    tokens = _pick(m, TOKENS, generator).to(device)
-    rows, exact, size = _exact(x[tokens], layer, _pick(weight.codes.shape[0], PANELS, generator).to(device))
-    # over their size, or rows with a small global scale would not count
-    off = (out[tokens][:, rows].double() - exact) / size
-    norm = (exact / size).norm()
-    if norm == 0:
-        if bool(off.any()):
-            raise SelfCheckFailed("a weight of zeros gave a result")
-        return 0.0
-    error = float(off.norm() / norm)
-    limit = F32_LIMIT
-    if layer.out_dtype != torch.float32:
-        limit = BF16_LIMIT * float(((exact.to(layer.out_dtype).double() - exact) / size).norm() / norm)
-    if not error <= limit:
-        worst = int(rows[off.norm(dim=0).argmax()])
-        raise SelfCheckFailed(f"relative error {error:.3g}, allowed {limit:.3g}; row {worst} is furthest off")
-    return error / limit
-
-
-def _expert(layer: ExpertsLayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decoded float64 weights of one local expert: (w13 [2I, H], gate rows first, w2 [H, I])."""
-    weight, (_, hidden, intermediate) = layer.operands, layer.sizes
-    w13 = unpack_linear(weight.w13_codes[expert], weight.w13_block_scales[expert], 2 * intermediate, hidden)
-    w13 = dequantize(*(separate_gate_up(t) for t in w13), dtype=torch.float64)
-    w2 = unpack_linear(weight.w2_codes[expert], weight.w2_block_scales[expert], hidden, intermediate)
-    w2 = dequantize(*w2, dtype=torch.float64)
-    return (
-        w13 * weight.w13_row_scale[expert].double().unsqueeze(1),
-        w2 * weight.w2_row_scale[expert].double().unsqueeze(1),
-    )
-
-
-def check_experts(
-    layer: ExpertsLayer, m: int, tiles: ExpertTiles, generator: torch.Generator, multiply: Multiply = multiply
-) -> float:
-    """m random tokens through random experts of `layer` -> the error over its limit, at most 1.
-
-    The limit follows from rounding to bf16 what every fused path stores: the intermediate, each expert's
-    result and their sum. Raises as `check_product`.
-    """
-    _, hidden, intermediate = layer.sizes
-    device = layer.operands.w13_codes.device
-    on_device = torch.Generator(device).manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
-    x = torch.randn(m, hidden, device=device, generator=on_device).to(torch.bfloat16)
-    ids = (
-        torch.rand(m, layer.known, device=device, generator=on_device)
-        .topk(layer.topk)
-        .indices.to(torch.int32)
-    )
-    weights = torch.rand(m, layer.topk, device=device, generator=on_device) + 0.5
-    out = torch.full((m, hidden), float("nan"), device=device, dtype=layer.out_dtype)
-    # the kernels' scratch comes from this memory: what they leave out shows
-    scratch = [
-        torch.full((m * layer.topk, width), float("nan"), device=device, dtype=torch.bfloat16)
-        for width in (intermediate, hidden)
-    ]
-    del scratch
-    multiply((x, weights, ids), layer, tiles, out)
-    _check_finite(out)
-    local = ids.long() if layer.expert_map is None else layer.expert_map.long()[ids.long()]
-    tokens = _pick(m, EXPERT_TOKENS, generator).tolist()
-    exact = torch.zeros(len(tokens), hidden, device=device, dtype=torch.float64)
-    rounded = exact.clone()
-    for i, token in enumerate(tokens):
-        for choice, expert in enumerate(local[token].tolist()):
-            if expert < 0:
-                continue
-            w13, w2 = _expert(layer, expert)
-            h = swiglu(*(w13 @ x[token].double()).chunk(2), layer.swiglu_limit)
-            by = float(weights[token, choice])
-            exact[i] += by * (w2 @ h)
-            rounded[i] += by * (w2 @ h.to(torch.bfloat16).double()).to(torch.bfloat16).double()
-    off, norm = out[tokens].double() - exact, exact.norm()
-    if norm == 0:
-        if bool(off.any()):
-            raise SelfCheckFailed("tokens without a local expert, or whose experts are zeros, got a result")
-        return 0.0
-    error = float(off.norm() / norm)
-    limit = BF16_LIMIT * float((rounded.to(layer.out_dtype).double() - exact).norm() / norm)
-    if not error <= limit:
-        worst = tokens[int(off.norm(dim=1).argmax())]
-        raise SelfCheckFailed(
-            f"relative error {error:.3g}, allowed {limit:.3g}; token {worst} is furthest off"
-        )
-    return error / limit
-
-
 # --- stage one: in a child process ---
 
 
 def synthetic(
-    n: int, k: int, out_dtype: torch.dtype, has_bias: bool, device: torch.device, generator: torch.Generator
+    n: int,
+    k: int,
+    out_dtype: torch.dtype,
+    has_bias: bool,
+    device: torch.device,
+    generator: torch.Generator,
+    layout: Layout = Layout.SM90,
+    groups: int = 1,
+    act_scale: float | None = None,
 ) -> Layer:
     """A layer of random operands: every code, scales from 2^-6 to 448 and zero, a global scale for each row."""
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
@@ -343,15 +107,22 @@ def synthetic(
     global_scales = torch.rand(n, generator=generator) + 0.5
     operands = prepare_linear(
         codes.to(device), scales.view(SCALE_DTYPE).to(device), global_scales.to(device), [1] * n,
-        layout=Layout.SM90, name="synthetic",
+        layout=layout, groups=groups, name="synthetic",
     )  # fmt: skip
     bias = torch.randn(n, generator=generator).to(device) * 1000 if has_bias else None
-    return Layer("synthetic", operands, out_dtype, bias)
+    scale = None if act_scale is None else torch.tensor([act_scale], device=device)
+    return Layer("synthetic", operands, out_dtype, bias, scale)
 
 
-def synthetic_experts(topk: int, device: torch.device, generator: torch.Generator) -> ExpertsLayer:
-    """A layer of five local random experts, with ragged sizes."""
-    local, hidden, intermediate = 5, 272, 144
+def synthetic_experts(
+    topk: int,
+    device: torch.device,
+    generator: torch.Generator,
+    layout: Layout = Layout.SM90,
+    static: bool = False,
+) -> ExpertsLayer:
+    """A layer of five local random experts, with ragged sizes; `static` gives its activations scales."""
+    local, hidden, intermediate = (5, 272, 144) if layout is Layout.SM90 else (5, 288, 160)
 
     def random(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         codes = torch.randint(0, 256, (local, n, k // 2), dtype=torch.uint8, generator=generator)
@@ -365,23 +136,100 @@ def synthetic_experts(topk: int, device: torch.device, generator: torch.Generato
     operands = prepare_experts(
         *random(2 * intermediate, hidden), (torch.rand(local, 2, generator=generator).to(device) + 0.5) * size,
         *random(hidden, intermediate), torch.rand(local, generator=generator).to(device) + 0.5,
-        layout=Layout.SM90, name="synthetic",
+        layout=layout, name="synthetic",
     )  # fmt: skip
     expert_map = torch.full((max(8, topk),), -1, dtype=torch.int32, device=device)
     expert_map[:7] = torch.tensor([2, -1, 0, 4, -1, 1, 3], dtype=torch.int32, device=device)
-    return ExpertsLayer("synthetic", operands, topk, len(expert_map), expert_map, 2.0)
+    layer = ExpertsLayer("synthetic", operands, topk, len(expert_map), expert_map, 2.0)
+    if not static:
+        return layer
+    # of x and of an intermediate of at most 2 * 2
+    scales = torch.full((1,), 1 / STATIC_SIZE), torch.linspace(4, 8, local) / AMAX_PER_GLOBAL_SCALE
+    return replace(layer, act_scale_13=scales[0].to(device), act_scale_2=scales[1].to(device))
 
 
-def load_kernel(name: str, topk: int) -> None:
+def load_kernel(name: str, topk: int, device: torch.device) -> None:
     """Compile or load what `name` stands for."""
-    if name in sm90_linear.shipped_kernels():
+    if name.startswith(EXPERTS):
+        module, tiles, static = _blackwell_experts(name)
+        scales = (torch.empty(1), torch.empty(2)) if static else (None, None)
+        module.load_tiles(tiles, topk, torch.bfloat16, device, scales)
+    elif name.startswith((LINEAR, QUANTIZE)):
+        _blackwell(name).load(name)
+    elif name in sm90_linear.shipped_kernels():
         sm90_linear.load(name)
     else:
         sm90_experts.load_tiles(sm90_experts.tiles_by_name()[name], topk, torch.bfloat16)
 
 
+def _blackwell_experts(name: str) -> tuple[ModuleType, ExpertTiles, bool]:
+    """(module, tiles, whether scales are static) behind one of `ExpertsLayer.kernels`."""
+    arch, policy, tiles = name.removeprefix(EXPERTS).split(" ", 2)
+    module = kernels_for("experts", int(arch.strip("sm_a")))
+    return module, module.tiles_by_name()[tiles], policy == "static"
+
+
+def _blackwell(name: str) -> ModuleType:
+    """The module of a linear or quantizing kernel for Blackwell, by its name."""
+    if name.startswith(QUANTIZE):
+        return sm100_quantize
+    return kernels_for("linear", int(re.match(r"nvfp4_linear_sm(\d+)", name)[1]))
+
+
+def check_quantizer(name: str, device: torch.device, quantizer: Quantizer = sm100_quantize.run) -> float:
+    """A quantizing kernel against reference.quantize, bit for bit -> 0; raises SelfCheckFailed for one wrong bit."""
+    generator = torch.Generator().manual_seed(0)
+    dynamic = name.endswith("_dynamic")
+    for m, k, groups in ((1, 80, 1), (131, 1104, 1), (37, 4096, 2)):
+        x = (torch.randn(m, groups * k, generator=generator) * 3).to(torch.bfloat16)
+        x[:, :16], x[0, 16:32] = 0, -0.0
+        if m > 2:
+            x[1] = 0
+            x[2] *= 1000
+        scale = None if dynamic else torch.tensor([0.001])
+        got = quantizer(x.to(device), None if dynamic else scale.to(device), groups)
+        scale = dynamic_act_scale(x) if dynamic else scale
+        codes, scales = quantize(x, scale.reshape(-1, 1))
+        for what, ours, right in (
+            ("act scale", got[2].cpu(), scale),
+            ("code", plain_codes(got[0].cpu(), k, groups), codes),
+            ("block scale", plain_scales(got[1].cpu(), m, k, groups), scales.view(torch.uint8)),
+        ):
+            wrong = (ours != right).nonzero()
+            if len(wrong):
+                at = wrong[0].tolist()
+                raise SelfCheckFailed(
+                    f"{len(wrong)} of {right.numel()} values differ from the reference's, the first is the {what} at "
+                    f"{at} of x [{m}, {groups} * {k}]: {ours[tuple(at)].item()} instead of {right[tuple(at)].item()}"
+                )
+    return 0.0
+
+
+def check_block_scaled(name: str, device: torch.device, multiply: Multiply) -> float:
+    """A linear kernel for Blackwell on small ragged problems -> worst error."""
+    tile, out_dtype, has_bias, aligned = _blackwell(name).variant(name)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for n, k, groups, act_scale in ((3 * 128 + 72, 17 * 64 + 16, 1, None), (2 * 200, 80, 2, 0.01)):
+        n += 0 if aligned else 3 * groups
+        bias = groups == 1 if has_bias is None else has_bias
+        layer = synthetic(n, k, out_dtype, bias, device, generator, Layout.BLOCK_SCALED, groups, act_scale)
+        for m in (1, 2 * tile.tokens + 3 if tile.takes(2 * tile.tokens + 3) else tile.tokens - 3):
+            worst = max(worst, check_product(layer, m, tile, generator, multiply))
+    return worst
+
+
 def check_kernel(name: str, topk: int, device: torch.device, multiply: Multiply = multiply) -> float:
     """A linear kernel, or the kernels of one choice of experts' tiles, on small ragged problems -> worst error."""
+    if name.startswith(EXPERTS):
+        _, tiles, static = _blackwell_experts(name)
+        generator = torch.Generator().manual_seed(0)
+        layer = synthetic_experts(topk, device, generator, Layout.BLOCK_SCALED, static)
+        return max(check_experts(layer, m, tiles, generator, multiply) for m in (1, 2 * tiles.tokens + 3))
+    if name.startswith(QUANTIZE):
+        return check_quantizer(name, device)
+    if name.startswith(LINEAR):
+        return check_block_scaled(name, device, multiply)
     if name not in sm90_linear.shipped_kernels():
         tiles = sm90_experts.tiles_by_name()[name]
         generator = torch.Generator().manual_seed(0)
@@ -412,7 +260,7 @@ def serve_child(multiply: Multiply = multiply) -> None:
     say(phase="started")
     for name in request["kernels"]:
         if device.type == "cuda":
-            load_kernel(name, request["topk"])
+            load_kernel(name, request["topk"], device)
         say(phase="loaded", kernel=name)
         say(phase="checked", kernel=name, error=check_kernel(name, request["topk"], device, multiply))
     say(phase="done")

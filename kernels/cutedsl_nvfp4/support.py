@@ -1,8 +1,13 @@
 """Which devices this build has kernels for, and the reason wherever it has none."""
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from types import ModuleType
+
+import torch
 
 from . import compiled, settings
 
@@ -12,6 +17,7 @@ class Layout(StrEnum):
 
     PLAIN = "plain"  # the checkpoint's own layout, read by reference.py
     SM90 = "sm90"  # panels of 64 rows in the order of the tensor core's fragments (sm90/layout.py)
+    BLOCK_SCALED = "block_scaled"  # the checkpoint's codes, block scales in 128x4 tiles: all of Blackwell
 
 
 @dataclass(frozen=True)
@@ -21,14 +27,16 @@ class Support:
     layout: Layout | None
     implementation: str
     reason: str | None = None
+    proven: bool = True  # whether this project has run the kernels on such a device
 
     def __bool__(self) -> bool:
         return self.layout is not None
 
 
 # Kernels of this build by compute capability (major * 10 + minor).
-_LINEAR_KERNELS: dict[int, Layout] = {90: Layout.SM90}
-_EXPERTS_KERNELS: dict[int, Layout] = {90: Layout.SM90}
+NEVER_RUN = (100, 103, 120, 121)  # compiled, and proven by each device's own self-check alone
+_LINEAR_KERNELS: dict[int, Layout] = {90: Layout.SM90, **dict.fromkeys(NEVER_RUN, Layout.BLOCK_SCALED)}
+_EXPERTS_KERNELS: dict[int, Layout] = dict(_LINEAR_KERNELS)
 
 
 def _support(operation: str, kernels: dict[int, Layout], device_type: str, capability: int | None) -> Support:
@@ -44,7 +52,8 @@ def _support(operation: str, kernels: dict[int, Layout], device_type: str, capab
                 f"nvidia-cutlass-dsl, which compiles the NVFP4 {operation} kernel for sm_{capability}, is not "
                 f"installed, and {compiled.KERNELS} names no kernels compiled ahead of time",
             )
-        return Support(kernels[capability], f"CuTe DSL sm_{capability}a")
+        implementation = f"CuTe DSL sm_{capability}a"
+        return Support(kernels[capability], implementation, proven=capability not in NEVER_RUN)
     found = f"sm_{capability}" if capability else device_type
     built = ", ".join(f"sm_{number}a" for number in sorted(kernels)) or "none"
     return Support(
@@ -65,11 +74,39 @@ def experts(device_type: str, capability: int | None) -> Support:
     return _support("experts", _EXPERTS_KERNELS, device_type, capability)
 
 
+@cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability of a CUDA device, 90 for sm_90; raises ValueError for a device of another kind."""
+    if device.type != "cuda":
+        raise ValueError(f"operands prepared for Blackwell are multiplied on a CUDA device, got {device}")
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def kernels_for(operation: str, capability: int) -> ModuleType:
+    """The module whose `run` multiplies Layout.BLOCK_SCALED on such devices; `operation` is "linear" or "experts"."""
+    family = "sm100" if capability // 10 == 10 else "sm120"
+    return importlib.import_module(f".{family}.{operation}", __package__)
+
+
+def block_scaled_kernels(operation: str, device: torch.device) -> ModuleType:
+    """`kernels_for` the device."""
+    return kernels_for(operation, capability_of(device))
+
+
 def quantizes_activations(layout: Layout) -> bool:
     """Whether prepared weights of `layout` are multiplied with NVFP4 activations (W4A4) or as they come.
 
-    Raises ValueError where CUTEDSL_NVFP4_ACTIVATIONS asks for W4A4 and the kernel has none.
+    Raises ValueError where CUTEDSL_NVFP4_ACTIVATIONS asks for what the layout's kernels do not do.
     """
+    if layout is Layout.BLOCK_SCALED:
+        if settings.activations() is settings.Activations.BF16:
+            raise ValueError(
+                "CUTEDSL_NVFP4_ACTIVATIONS=bf16: the Blackwell kernels run W4A4; unset it, name one of vLLM's "
+                "W4A16 kernels with --linear-backend and --moe-backend (such as marlin), or use "
+                "CUTEDSL_NVFP4_IMPL=reference (slow)"
+            )
+        return True
     if settings.activations() is not settings.Activations.NVFP4:
         return False
     if layout is Layout.SM90:

@@ -1,10 +1,12 @@
 """Which tokens go to which expert, and the sum of what comes back: the kernels around the experts' products.
 
 A pair is one (token, choice): p = token * T + choice. A slot is a row of the scratch between w13 and w2;
-slots are grouped by expert without padding. A tile is up to `tokens` consecutive slots of one expert.
+slots are grouped by expert, for Hopper without padding. A tile is up to `tokens` consecutive slots of one expert.
 
     Route     ids [M, T] -> pairs [M * T] int32, the pair of each slot
                             table [1 + tiles, 4] int32: (tiles, slots, 0, 0), then (expert, first slot, slots, 0)
+    SlotRoute with tiles of `tokens` slots each, the last ones of an expert unused: slot = tile * tokens + row
+                            places [M * T] int32, the slot of each pair or -1
     Combine   out[m] = sum_t weights[m, t] * y[m * T + t], in ascending t, over the pairs this rank computes
 
 Ids below zero, beyond the experts and those `expert_map` sends to -1 take no slot. The order of an expert's
@@ -51,13 +53,28 @@ class Route:
         tokens: Int32,
         stream,
     ):
+        self.start(mIds, mMap, mPairs, None, mTable, has_map, experts, tokens, stream)
+
+    @cute.jit
+    def start(
+        self,
+        mIds: cute.Tensor,
+        mMap: cute.Tensor,
+        mPairs: cute.Tensor,
+        mPlaces: cute.Tensor | None,
+        mTable: cute.Tensor,
+        has_map: Int32,
+        experts: Int32,
+        tokens: Int32,
+        stream,
+    ):
         @cute.struct
         class Shared:
             counts: cute.struct.MemRange[Int32, MAX_EXPERTS]
             sums: cute.struct.MemRange[Int32, 64]
 
         self.shared = Shared
-        self.kernel(mIds, mMap, mPairs, mTable, has_map, experts, tokens).launch(
+        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens).launch(
             grid=(1, 1, 1), block=(ROUTE_THREADS, 1, 1), stream=stream, use_pdl=True
         )
 
@@ -67,6 +84,7 @@ class Route:
         mIds: cute.Tensor,
         mMap: cute.Tensor,
         mPairs: cute.Tensor,
+        mPlaces: cute.Tensor | None,
         mTable: cute.Tensor,
         has_map: Int32,
         experts: Int32,
@@ -110,6 +128,8 @@ class Route:
                 slots_sum += sSums[w]
                 tiles_sum += sSums[32 + w]
         first = slots_sum - count
+        if cutlass.const_expr(mPlaces is not None):
+            first = (tiles_sum - tiles) * tokens
         sCounts[thread] = first
         if thread == ROUTE_THREADS - 1:
             mTable[0, 0] = tiles_sum
@@ -121,11 +141,35 @@ class Route:
             if expert >= 0:
                 slot = cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
                 mPairs[slot] = pair
+                if cutlass.const_expr(mPlaces is not None):
+                    mPlaces[pair] = slot
+            else:
+                if cutlass.const_expr(mPlaces is not None):
+                    mPlaces[pair] = Int32(-1)
         row = 1 + tiles_sum - tiles
         for i in cutlass.range(tiles, unroll=1):
             mTable[row + i, 0] = thread
             mTable[row + i, 1] = first + i * tokens
             mTable[row + i, 2] = cutlass.min(tokens, count - i * tokens)
+
+
+class SlotRoute(Route):
+    """Route with padded tiles and each pair's slot."""
+
+    @cute.jit
+    def __call__(
+        self,
+        mIds: cute.Tensor,  # int32 [M * T]
+        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mPairs: cute.Tensor,  # int32 [tiles * tokens]
+        mPlaces: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        has_map: Int32,
+        experts: Int32,
+        tokens: Int32,
+        stream,
+    ):
+        self.start(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, stream)
 
 
 class Combine:

@@ -1,28 +1,10 @@
 """Read a compiled Hopper kernel's machine code: tensor cores in use, nothing spilled, wgmmas not serialized."""
 
 import re
-import shutil
-import site
-import subprocess
-from functools import cache
 from pathlib import Path
 
+from ..machine_code import disassemble, parse, resources
 from ..tiles import Config, Narrow, expert_widths
-
-
-@cache
-def tool(name: str) -> str:
-    """Path of a CUDA binary tool, on PATH or from its PyPI package; raises FileNotFoundError where it is not."""
-    found = shutil.which(name)
-    for folder in site.getsitepackages():
-        found = found or next((str(path) for path in Path(folder).glob(f"nvidia/**/bin/{name}")), None)
-    if found is None:
-        raise FileNotFoundError(f"{name} is not installed (PyPI: nvidia-cuda-{name})")
-    return found
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def problems(cubin: Path, config: Config | None, experts: bool = False) -> list[str]:
@@ -30,13 +12,8 @@ def problems(cubin: Path, config: Config | None, experts: bool = False) -> list[
 
     Without a configuration the kernel multiplies no matrices, and only its use of registers is read.
     """
-    usage = _run(tool("cuobjdump"), "-res-usage", str(cubin))
-    sass = _run(tool("nvdisasm"), "-c", str(cubin))
-    wrong = []
-    if not (re.search(r"\bSTACK:0\b", usage) and re.search(r"\bLOCAL:0\b", usage)):
-        wrong.append(f"uses stack or local memory: {' '.join(usage.split()[-12:])}")
-    if re.search(r"\b(LDL|STL)\b", sass):
-        wrong.append("spills registers (LDL, STL)")
+    sass = disassemble(cubin)
+    wrong = parse(sass, *resources(cubin)).problems()
     if config is None:
         return wrong
     narrow = isinstance(config, Narrow)

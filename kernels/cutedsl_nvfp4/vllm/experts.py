@@ -22,7 +22,7 @@ from vllm.model_executor.utils import replace_parameter
 
 from .. import ops, reference, settings, support
 from ..activation_scale import ActivationScales
-from ..prepare import prepare_experts
+from ..prepare import PreparedExperts, plain_experts, prepare_experts
 from .linear import current_support, refuse_second_preparation
 from .refusals import refuse_unsupported
 
@@ -131,6 +131,16 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         layer.act_scale_13 = Parameter(scales[W13_INPUT], requires_grad=False)
         layer.act_scale_2 = Parameter(scales[W2_INPUT], requires_grad=False)
 
+    def _plain(self, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The op's operands as reference.experts takes them: weights as in the checkpoint, scales copied."""
+        if self.support.layout is support.Layout.PLAIN:
+            return operands
+        x, *weights, topk_weights, topk_ids = operands
+        w13_codes, w13_scales, w2_codes, w2_scales = plain_experts(
+            PreparedExperts(*weights, self.support.layout)
+        )
+        return x, w13_codes, w13_scales, weights[2], w2_codes, w2_scales, weights[5], topk_weights, topk_ids
+
     def moe_problem_size(
         self, a1: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_ids: torch.Tensor
     ) -> tuple[int, int, int, int, int]:
@@ -184,9 +194,8 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         limit = self.quant_config.gemm1_clamp_limit
         if layer.act_scales is not None and layer.act_scales.observed is not None:
             # The op does not show its intermediate; the reference does.
-            assert self.support.layout is support.Layout.PLAIN
             result = reference.experts(
-                *operands, expert_map=expert_map, swiglu_limit=limit, out_dtype=output.dtype,
+                *self._plain(operands), expert_map=expert_map, swiglu_limit=limit, out_dtype=output.dtype,
                 observe=layer.act_scales.observe,
             )  # fmt: skip
         else:

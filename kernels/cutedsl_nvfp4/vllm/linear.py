@@ -13,6 +13,7 @@ from .. import ops, settings, support
 from ..activation_scale import ActivationScales
 from ..prepare import PreparedLinear, prepare_linear
 from ..reference import dequantize
+from .plugin import BACKEND
 from .refusals import refuse_unsupported
 
 logger = init_logger(__name__)
@@ -20,14 +21,40 @@ logger = init_logger(__name__)
 INPUT = "x"
 
 
-def current_support(operation) -> support.Support:
-    """Support for `operation` (support.linear or support.experts) on vLLM's current platform."""
+def _device_support(operation) -> support.Support:
     if current_platform.is_cpu():
         return operation("cpu", None)
     if not current_platform.is_cuda():
         return operation(current_platform.device_type, None)
     capability = current_platform.get_device_capability()
     return operation("cuda", capability.to_int() if capability is not None else None)
+
+
+def current_support(operation) -> support.Support:
+    """Support for `operation` (support.linear or support.experts) on vLLM's current platform, as it is configured.
+
+    Kernels that this project never ran on such a device serve only where their backend was asked for by name.
+    """
+    found = _device_support(operation)
+    return found if found.proven else _opted_in(found, "linear" if operation is support.linear else "moe")
+
+
+def _opted_in(found: support.Support, kind: str) -> support.Support:
+    """`found` if --`kind`-backend names ours, else no support and why."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None:
+        config = vllm_config.kernel_config
+        asked = {getattr(config, f"{kind}_backend")}
+        if kind == "linear":
+            asked |= set((config.linear_backend_per_quant or {}).values())
+        if BACKEND in asked:
+            return found
+    return support.Support(
+        None,
+        "none",
+        f"{found.implementation} kernels are compiled and were never run by their authors; --{kind}-backend {BACKEND} "
+        f"serves with them if they pass their self-check on this device",
+    )
 
 
 def refuse_second_preparation(layer: Module, name: str) -> None:
@@ -80,6 +107,7 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         if compute_capability is not None:
             found = support.linear("cuda", compute_capability)
+            found = found if found.proven else _opted_in(found, "linear")
         else:
             found = current_support(support.linear)
         return bool(found), found.reason
@@ -111,16 +139,21 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
         _drop_loader_scales(layer)
 
     def apply_weights(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., groups * K] -> [..., N] in x's dtype, or float32 where the layer asks for it."""
+        """x [..., groups * K] -> [..., N] in x's dtype, or float32 where the layer asks for it.
+
+        While activations are observed no scale is known: they stay unquantized, or where kernels have W4A4
+        alone, are quantized per token.
+        """
         flat = x.reshape(-1, x.shape[-1])
         scales = layer.act_scales
         observing = scales is not None and scales.observed is not None
         if observing:
             scales.observe(0, flat)
         out = torch.ops.cutedsl.nvfp4_linear(
-            flat, layer.weight, layer.weight_scale, layer.row_scale, layer.act_scale, bias,
+            flat, layer.weight, layer.weight_scale, layer.row_scale,
+            None if observing else layer.act_scale, bias,
             layer.nvfp4_n, layer.nvfp4_k, layer.nvfp4_groups,
-            self.quantize_activations and not observing,
+            self.quantize_activations and not (observing and self.support.layout is support.Layout.PLAIN),
             getattr(layer, "nvfp4_out_dtype", x.dtype), self.batch_invariant,
         )  # fmt: skip
         return out.view(*x.shape[:-1], layer.nvfp4_n)

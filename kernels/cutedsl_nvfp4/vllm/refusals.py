@@ -40,9 +40,9 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | No
             "allgather_reducescatter, or name another --moe-backend"
         )
     model = vllm_config.model_config
-    if layout is Layout.SM90 and model is not None and model.dtype != torch.bfloat16:
+    if layout not in (None, Layout.PLAIN) and model is not None and model.dtype != torch.bfloat16:
         reasons.append(
-            f"--dtype {str(model.dtype).removeprefix('torch.')}: the Hopper kernels multiply bfloat16 activations; "
+            f"--dtype {str(model.dtype).removeprefix('torch.')}: our GPU kernels take bfloat16 activations; "
             "leave --dtype out, or name another --linear-backend and --moe-backend"
         )
     if (

@@ -13,9 +13,10 @@ from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel, DequantizedGroupedLinearKernel, current_support
 
 
-def _row(name: str, kind: str, kernel: type, ours: bool, found: support.Support) -> dict:
+def _row(name: str, kind: str, serving: object, ours: bool, found: support.Support) -> dict:
+    kernel = type(serving)
     if ours:
-        implementation, reason = found.implementation, None
+        implementation, reason = serving.support.implementation, None
     elif kernel is DequantizedGroupedLinearKernel:
         implementation = "bf16, dequantized at load"
         reason = (
@@ -50,13 +51,13 @@ def collect(model: Module) -> dict:
         kernel = getattr(quant_method, "kernel", None)
         if isinstance(kernel, NvFp4LinearKernel):
             ours = isinstance(kernel, CuTeDSLNvFp4LinearKernel)
-            rows.append(_row(name, "linear", type(kernel), ours, current_support(support.linear)))
+            rows.append(_row(name, "linear", kernel, ours, current_support(support.linear)))
             if ours:
                 activations[_activations(module, kernel)] += 1
         elif isinstance(getattr(quant_method, "nvfp4_backend", None), NvFp4MoeBackend):
             experts = quant_method.moe_kernel.fused_experts
             ours = isinstance(experts, CuTeDSLNvFp4Experts)
-            rows.append(_row(name, "experts", type(experts), ours, current_support(support.experts)))
+            rows.append(_row(name, "experts", experts, ours, current_support(support.experts)))
             if ours:
                 activations[_activations(module, experts)] += 1
     device = next(model.parameters()).device

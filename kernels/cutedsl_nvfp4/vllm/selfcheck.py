@@ -23,7 +23,8 @@ def _linear(name: str, module: Module, kernel: CuTeDSLNvFp4LinearKernel) -> self
         module.nvfp4_n, module.nvfp4_k, kernel.support.layout, module.nvfp4_groups,
     )  # fmt: skip
     out_dtype = getattr(module, "nvfp4_out_dtype", torch.bfloat16)
-    return selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None))
+    act_scale = getattr(module, "act_scale", None)
+    return selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None), act_scale)
 
 
 def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfcheck.ExpertsLayer:
@@ -36,6 +37,7 @@ def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfchec
         name, operands, config.experts_per_token, config.num_experts, module.expert_map,
         kernel.quant_config.gemm1_clamp_limit,
         ranks=config.moe_parallel_config.dp_size * config.moe_parallel_config.pcp_size,
+        act_scale_13=getattr(module, "act_scale_13", None), act_scale_2=getattr(module, "act_scale_2", None),
     )  # fmt: skip
 
 

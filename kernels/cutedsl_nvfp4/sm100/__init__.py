@@ -1,0 +1,1 @@
+"""Blackwell kernels for data centres (sm_100a, sm_103a): W4A4 on tcgen05."""

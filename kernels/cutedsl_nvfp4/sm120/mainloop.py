@@ -1,0 +1,319 @@
+"""The part all sm_120 products share: shared memory, TMA loads of the operands, the loop of block-scaled MMAs.
+
+    sum[m, n] = sum_k (x codes * x scales)[m, k] * (w codes * w scales)[n, k]
+
+Roles per CTA
+    producer warp    the last one: an elected thread keeps `stages` TMA loads in flight
+    other warps      each multiplies its tokens x rows, and of every stage its k blocks
+Pipelines
+    full[stage]      producer (1 arrival + bytes)  ->  every other warp
+    empty[stage]     every other warp              ->  producer
+
+A warp loads the operands of the next k block while the MMAs of this one run, over the end of a stage too. Scales
+reach the tensor core as TMA left them: one load a band of 32 rows and k block, no shuffle, no rearrangement
+(layout.py).
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from ..sm90.fragments import load_matrices, load_words, smem_address
+from ..tiles120 import BAND, SCALE_TILE_ROWS, Tile
+from .fragments import load_sums, load_word, mma_m16n8k64, store_sums
+from .layout import (
+    code_offset,
+    row_lane,
+    row_selector,
+    scale_lane,
+    scale_offset,
+    token_lane,
+    token_selector,
+)
+
+SCALE_LINE = 16  # bytes: four bands x four k groups
+SUMS_BARRIER = 1
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # within 3 x 168
+
+
+def swizzle_kind(tile: Tile) -> warpgroup.SmemLayoutAtomKind:
+    """TMA's swizzle of the codes: as wide as a stage's rows."""
+    kinds = warpgroup.SmemLayoutAtomKind
+    return kinds.K_SW64 if tile.k_blocks == 2 else kinds.K_SW128
+
+
+def code_layout(tile: Tile, rows: int, stages: int) -> cute.ComposedLayout:
+    """Codes in shared memory: (rows, bytes of k, stages)."""
+    atom = warpgroup.make_smem_layout_atom(swizzle_kind(tile), Uint8)
+    return cute.tile_to_shape(atom, (rows, tile.row_bytes, stages), order=(0, 1, 2))
+
+
+def scale_layout(tile: Tile, box_rows: int, scale_tiles: int, stages: int) -> cute.Layout:
+    """Block scales in shared memory: (16 bytes, rows of a band, k blocks, scale tiles, stages)."""
+    return cute.make_layout((SCALE_LINE, box_rows, tile.k_blocks, scale_tiles, stages))
+
+
+def layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
+    """Every operand's layout in shared memory, as the kernels make it; call inside a @cute.jit function.
+
+    Of the weights, the last mode is stage * panels + panel: each panel is loaded by itself.
+    """
+    panels = tile.panels * tile.stages
+    return {
+        "token_codes": code_layout(tile, tile.tokens, tile.stages),
+        "row_codes": code_layout(tile, tile.panel_rows, panels),
+        "token_scales": scale_layout(tile, tile.token_scale_rows, 1, tile.stages),
+        "row_scales": scale_layout(tile, BAND, tile.row_scale_tiles // tile.panels, panels),
+    }
+
+
+def stage_layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
+    """`layouts` of one stage and panel, the boxes of the TMA loads."""
+    return {
+        name: cute.slice_(layout, (*(None,) * (cute.rank(layout) - 1), 0))
+        for name, layout in layouts(tile).items()
+    }
+
+
+class Mainloop:
+    """What a kernel of one tile needs to multiply; subclasses add which tiles, and what becomes of the sums."""
+
+    def __init__(self, tile: Tile):
+        tile.check()
+        self.tile = tile
+
+    def shared_storage(self):
+        """The struct of shared memory."""
+        c = self.tile
+        x_size, w_size, x_scale_size, w_scale_size = (cute.cosize(layout) for layout in layouts(c).values())
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, c.stages]
+            empty: cute.struct.MemRange[Int64, c.stages]
+            token_codes: cute.struct.Align[cute.struct.MemRange[Uint8, x_size], 1024]
+            row_codes: cute.struct.Align[cute.struct.MemRange[Uint8, w_size], 1024]
+            token_scales: cute.struct.Align[cute.struct.MemRange[Uint8, x_scale_size], 128]
+            row_scales: cute.struct.Align[cute.struct.MemRange[Uint8, w_scale_size], 128]
+            sums: cute.struct.Align[cute.struct.MemRange[Uint8, max(16, c.partial_bytes)], 16]
+
+        return Shared
+
+    @cute.jit
+    def init_barriers(self, storage, warp: Int32):
+        """Every thread calls it; the barriers can be used afterwards."""
+        c = self.tile
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        if warp == c.warps:
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(c.stages):
+                    cute.arch.mbarrier_init(full + stage, 1)
+                    cute.arch.mbarrier_init(empty + stage, c.warps)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+    def warp_place(self, warp: Int32) -> tuple[Int32, Int32]:
+        """Warp -> which of the tokens' and of the rows' it is."""
+        return warp % self.tile.token_warps, warp // self.tile.token_warps % self.tile.row_warps
+
+    def row_band(self, row_warp: Int32 | int, band: int) -> Int32 | int:
+        """First row, of the CTA's, of a warp's band; with two panels a warp's bands are the same rows of both."""
+        if self.tile.panels == 2:
+            return band * self.tile.panel_rows + row_warp * BAND
+        return row_warp * self.tile.warp_rows + band * BAND
+
+    def operand_addresses(self, storage, warp: Int32, lane: Int32):
+        """Where a lane finds, in stage 0, the chunks it gives to ldmatrix first: (token codes, row codes).
+
+        A multiple of 8 rows further on is the same multiple of `row_bytes` further on.
+        """
+        c = self.tile
+        token_warp, row_warp = self.warp_place(warp)
+        first_block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        row, half = token_lane(lane)
+        token_codes = smem_address(storage.token_codes.data_ptr()) + code_offset(
+            c, token_warp * c.warp_tokens + row, first_block * 2 + half
+        )
+        row, half = row_lane(lane)
+        row_codes = smem_address(storage.row_codes.data_ptr()) + code_offset(
+            c, self.row_band(row_warp, 0) + row, first_block * 2 + half
+        )
+        return token_codes, row_codes
+
+    def token_scale_address(self, storage, warp: Int32, lane: Int32, first_token: Int32) -> Int32:
+        """Where a lane finds its scale words of the tokens from `first_token` (of all) on, in stage 0."""
+        c = self.tile
+        block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        token_warp, _ = self.warp_place(warp)
+        row = token_warp * c.warp_tokens + scale_lane(c.token_scale_rows, lane)
+        inside = first_token % SCALE_TILE_ROWS + row
+        return smem_address(storage.token_scales.data_ptr()) + scale_offset(
+            c.token_scale_rows, c.k_blocks, inside, block
+        )
+
+    def row_scale_address(self, storage, warp: Int32, lane: Int32, first_row: Int32) -> Int32:
+        """Where a lane finds its scale words of the rows from `first_row` (of all) on, in stage 0."""
+        c = self.tile
+        _, row_warp = self.warp_place(warp)
+        block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        inside = first_row % SCALE_TILE_ROWS + self.row_band(row_warp, 0) + scale_lane(BAND, lane)
+        return smem_address(storage.row_scales.data_ptr()) + scale_offset(BAND, c.k_blocks, inside, block)
+
+    def make_fragments(self):
+        """Registers of two k blocks: token codes, row codes, token scales, row scales."""
+        c = self.tile
+        return (
+            cute.make_rmem_tensor((4, c.warp_tokens // 16, 2), Uint32),
+            cute.make_rmem_tensor((2, c.warp_rows // 8, 2), Uint32),
+            cute.make_rmem_tensor((max(1, c.warp_tokens // BAND), 2), Uint32),
+            cute.make_rmem_tensor((c.warp_rows // BAND, 2), Uint32),
+        )
+
+    def load_block(
+        self,
+        fragments: tuple,
+        buffer: int,
+        block: int,
+        stage: Int32,
+        token_codes: Int32,
+        row_codes: Int32,
+        token_scales: Int32,
+        row_scales: Int32,
+    ):
+        """Operands of a warp's k block `block` of a stage -> registers `buffer`."""
+        c = self.tile
+        rA, rB, rSA, rSB = fragments
+        flip = block * 2 * 16  # chunks of a k block differ from the first one's in these address bits
+        token_address = (token_codes + stage * (c.tokens * c.row_bytes)) ^ flip
+        for mma in range(c.warp_tokens // 16):
+            words = load_matrices(token_address + mma * 16 * c.row_bytes)
+            for i in range(4):
+                rA[i, mma, buffer] = words[i]
+        row_address = (row_codes + stage * (c.rows * c.row_bytes)) ^ flip
+        for band in range(c.warp_rows // BAND):
+            for pair in range(2):
+                words = load_matrices(row_address + (self.row_band(0, band) + pair * 16) * c.row_bytes)
+                for i in range(4):
+                    rB[i % 2, band * 4 + pair * 2 + i // 2, buffer] = words[i]
+        line = block * c.token_scale_rows * SCALE_LINE
+        bands = max(1, c.warp_tokens // BAND)
+        load_scales(rSA, buffer, 0, token_scales + stage * c.token_scale_bytes + line, bands)
+        line = block * BAND * SCALE_LINE
+        bands = c.warp_rows // BAND // c.panels
+        for panel in range(c.panels):
+            address = row_scales + stage * c.row_scale_bytes + line + panel * (c.row_scale_bytes // c.panels)
+            load_scales(rSB, buffer, panel * bands, address, bands)
+
+    def multiply_block(self, acc: cute.Tensor, fragments: tuple, buffer: int):
+        """acc[:, row MMA, token MMA] += the k block in registers `buffer`."""
+        c = self.tile
+        rA, rB, rSA, rSB = fragments
+        for row in range(c.warp_rows // 8):
+            for token in range(c.warp_tokens // 16):
+                a_band, a_selector = token_selector(token)
+                b_band, b_selector = row_selector(row)
+                result = mma_m16n8k64(
+                    tuple(acc[v, row, token] for v in range(4)),
+                    tuple(rA[i, token, buffer] for i in range(4)),
+                    tuple(rB[i, row, buffer] for i in range(2)),
+                    rSA[a_band, buffer],
+                    rSB[b_band, buffer],
+                    a_selector,
+                    b_selector,
+                )
+                for v in range(4):
+                    acc[v, row, token] = result[v]
+
+    @cute.jit
+    def accumulate(
+        self,
+        acc: cute.Tensor,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        lane: Int32,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        token_codes: Int32,
+        row_codes: Int32,
+        token_scales: Int32,
+        row_scales: Int32,
+    ):
+        """acc = a warp's sums over `count` stages -> (next stage, its phase)."""
+        c = self.tile
+        blocks = cutlass.const_expr(c.warp_blocks)
+        fragments = self.make_fragments()
+        addresses = (token_codes, row_codes, token_scales, row_scales)
+        acc.fill(0.0)
+        cute.arch.mbarrier_wait(full + stage, phase)
+        self.load_block(fragments, 0, 0, stage, *addresses)
+        for i in cutlass.range(count, unroll=1):
+            for block in cutlass.range_constexpr(blocks):
+                last = cutlass.const_expr(block + 1 == blocks)
+                if cutlass.const_expr(not last):
+                    self.load_block(fragments, (block + 1) % 2, block + 1, stage, *addresses)
+                else:
+                    cute.arch.sync_warp()
+                    if lane == 0:
+                        cute.arch.mbarrier_arrive(empty + stage)
+                    stage += 1
+                    if stage == c.stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                    if cutlass.const_expr(blocks == 1):
+                        self.multiply_block(acc, fragments, 0)
+                    if i + 1 < count:
+                        cute.arch.mbarrier_wait(full + stage, phase)
+                        self.load_block(fragments, 0, 0, stage, *addresses)
+                if cutlass.const_expr(blocks > 1):
+                    self.multiply_block(acc, fragments, block % 2)
+        return stage, phase
+
+    @cute.jit
+    def add_partials(self, acc: cute.Tensor, storage, warp: Int32, lane: Int32):
+        """acc of the first of the k warps += the others', in ascending k order; the others' is lost."""
+        c = self.tile
+        group = cutlass.const_expr(c.token_warps * c.row_warps)
+        k_warp = warp // group
+        mmas = cutlass.const_expr(c.warp_rows // 8 * (c.warp_tokens // 16))
+        place = smem_address(storage.sums.data_ptr()) + (warp % group * 32 + lane) * 16
+        if k_warp > 0:
+            for mma in cutlass.range_constexpr(mmas):
+                address = place + ((k_warp - 1) * mmas + mma) * (group * 32 * 16)
+                store_sums(address, [acc[mma * 4 + v] for v in range(4)])
+        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * c.warps)
+        if k_warp == 0:
+            for other in cutlass.range_constexpr(c.k_warps - 1):
+                for mma in cutlass.range_constexpr(mmas):
+                    more = load_sums(place + (other * mmas + mma) * (group * 32 * 16))
+                    for v in cutlass.range_constexpr(4):
+                        acc[mma * 4 + v] = acc[mma * 4 + v] + more[v]
+        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * c.warps)
+
+    def give_registers(self):
+        """The producer's warpgroup calls it where registers move."""
+        if self.tile.moves_registers:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+
+    def take_registers(self):
+        """The other warps call it where registers move."""
+        if self.tile.moves_registers:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+
+    def prefetch(self, atoms: tuple):
+        """Fetch the TMA descriptors."""
+        for atom in atoms:
+            cpasync.prefetch_descriptor(atom)
+
+
+def load_scales(registers: cute.Tensor, buffer: int, first: int, address: Int32, bands: int):
+    """Scale words of one or two neighbouring bands -> registers[first ..., buffer]."""
+    words = load_words(address, 2) if bands == 2 else (load_word(address),)
+    for band, word in enumerate(words):
+        registers[first + band, buffer] = word
+
+
+def empty_sums(tile: Tile) -> cute.Tensor:
+    """Registers of a warp's sums: (4, row MMAs, token MMAs)."""
+    return cute.make_rmem_tensor((4, tile.warp_rows // 8, tile.warp_tokens // 16), Float32)
