@@ -27,6 +27,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("serving") is None)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist groups by a suffix of the node id; where pytest does not take it, groups would come apart unsaid."""
+    if not getattr(session.config.option, "loadgroup", False):
+        return
+    for item in session.items:
+        if item.get_closest_marker("xdist_group") and "@" not in item.nodeid.rpartition("]")[2]:
+            raise pytest.UsageError(
+                f"--dist loadgroup does not group {item.nodeid}: pytest {pytest.__version__} and this pytest-xdist do "
+                f"not fit; install requirements/dev.txt's versions (make setup-dev)"
+            )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu_sm90") is None:
         return
