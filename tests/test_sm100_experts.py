@@ -143,7 +143,7 @@ def launched(monkeypatch):
     real = torch.empty
     monkeypatch.setattr(experts.torch, "empty", scratch)
     monkeypatch.setattr(experts, "_kernel", kernel)
-    monkeypatch.setattr(experts, "_sm_count", lambda device: 148)
+    monkeypatch.setattr(experts, "sm_count", lambda device: 148)
     monkeypatch.setattr(support, "capability_of", lambda device: 100)
     return calls
 

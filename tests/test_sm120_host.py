@@ -167,7 +167,7 @@ def test_experts_are_the_reference(random_weight, workstation, monkeypatch, poli
         return lambda *operands: getattr(emulated, kind)(*arguments, *operands)
 
     monkeypatch.setattr(shared, "_kernel", kernel)
-    monkeypatch.setattr(shared, "_sm_count", lambda device: 148)
+    monkeypatch.setattr(shared, "sm_count", lambda device: 148)
     w13, w2 = random_weight(5, 192, 256, seed=1), random_weight(5, 256, 96, seed=2)
     scales = torch.full((5, 2), 0.01), torch.full((5,), 0.02)
     weights = prepare_experts(*w13, scales[0], *w2, scales[1], layout=Layout.BLOCK_SCALED)

@@ -10,6 +10,8 @@ the tiles of a cluster share what they load, and for K in 96s, which 7168, 4096 
 import math
 from dataclasses import dataclass
 
+from .tiles import TilePair, token_counts
+
 ROWS = 128  # weight rows of one accumulator: the lanes of tensor memory
 TILE_K = 256  # k of a stage: 128 bytes of codes, one swizzle row
 GROUPS_PER_ATOM = 4  # block scales of a row that lie together in a 128x4 atom, of 64 k
@@ -95,28 +97,19 @@ class Grouped:
 
 
 @dataclass(frozen=True)
-class ExpertTiles100:
+class ExpertTiles100(TilePair):
     """The tiles of an experts layer's two products; both take the same tokens, the slots of a routing tile."""
 
     w13: Grouped
     w2: Grouped
 
-    @property
-    def tokens(self) -> int:
-        return self.w13.tokens
-
     def check(self) -> None:
         """Raise ValueError for a configuration the kernels cannot run."""
-        if self.w13.tokens != self.w2.tokens:
-            raise ValueError(f"{self}: w13 and w2 must take the same tokens")
+        self.check_tokens()
         if self.w13.panels != 2:
             raise ValueError(f"{self.w13}: w13 takes two panels, gate and up")
         self.w13.check()
         self.w2.check()
-
-    def most_tiles(self, pairs: int, experts: int) -> int:
-        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
-        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
 
 
 # (most tokens an expert gets on average, tiles)
@@ -136,7 +129,7 @@ def choose_experts(pairs: int, known: int) -> ExpertTiles100:
 def chosen_experts(topk: int, known: int, max_tokens: int) -> dict[ExpertTiles100, int]:
     """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number that takes it."""
     found: dict[ExpertTiles100, int] = {}
-    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+    for m in token_counts(max_tokens):
         found.setdefault(choose_experts(m * topk, known), m)
     return found
 

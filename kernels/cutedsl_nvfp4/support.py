@@ -83,6 +83,11 @@ def capability_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@cache
+def sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def kernels_for(operation: str, capability: int) -> ModuleType:
     """The module whose `run` multiplies Layout.BLOCK_SCALED on such devices; `operation` is "linear" or "experts"."""
     family = "sm100" if capability // 10 == 10 else "sm120"

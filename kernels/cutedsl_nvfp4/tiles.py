@@ -190,6 +190,11 @@ def _check_shared(config: Config) -> None:
         )
 
 
+def token_counts(max_tokens: int) -> list[int]:
+    """Powers of two up to max_tokens, and that itself: where rules by tokens end."""
+    return [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]
+
+
 def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bool = True) -> Config:
     """The configuration for out [m, n] with inner dimension k.
 
@@ -213,7 +218,7 @@ def chosen(
     The numbers are small and, where they can be, odd: rules end at powers of two.
     """
     found: dict[Config, int] = {}
-    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+    for m in token_counts(max_tokens):
         config = choose(n, k, m, groups, batch_invariant, plain)
         if config not in found:
             odd = max(1, m - 1)
@@ -282,21 +287,33 @@ def shipped() -> list[Config]:
     return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *alone]))
 
 
-@dataclass(frozen=True)
-class ExpertTiles:
-    """The tiles of an experts layer's two products; both take the same tokens, the slots of a routing tile."""
-
-    w13: Config
-    w2: Config
+class TilePair:
+    """The tiles of an experts layer's two products, whatever the GPU: `w13` and `w2`."""
 
     @property
     def tokens(self) -> int:
         return self.w13.tokens
 
-    def check(self) -> None:
-        """Raise ValueError for a configuration the kernels cannot run."""
+    def check_tokens(self) -> None:
+        """Raise ValueError unless both take the same tokens."""
         if self.w13.tokens != self.w2.tokens:
             raise ValueError(f"{self}: w13 and w2 must take the same tokens")
+
+    def most_tiles(self, pairs: int, experts: int) -> int:
+        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
+        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
+
+
+@dataclass(frozen=True)
+class ExpertTiles(TilePair):
+    """The tiles of an experts layer's two products; both take the same tokens, the slots of a routing tile."""
+
+    w13: Config
+    w2: Config
+
+    def check(self) -> None:
+        """Raise ValueError for a configuration the kernels cannot run."""
+        self.check_tokens()
         for config in (self.w13, self.w2):
             config.check()
             if not config.fits_experts:
@@ -306,10 +323,6 @@ class ExpertTiles:
                 )
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
-
-    def most_tiles(self, pairs: int, experts: int) -> int:
-        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
-        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
 
 
 def expert_widths(config: Wide) -> tuple[int, ...]:

@@ -7,6 +7,8 @@ bytes, shared memory and the number of SMs, not from measurements.
 import math
 from dataclasses import dataclass
 
+from .tiles import TilePair, token_counts
+
 BLOCK_K = 64  # k of one MMA: four groups of 16, one scale word
 BAND = 32  # rows whose scale words one load brings to a warp; a scale tile is four bands
 SCALE_TILE_ROWS = 128
@@ -166,7 +168,7 @@ def choose(n: int, k: int, m: int, groups: int = 1, plain: bool = True) -> Tile:
 def chosen(n: int, k: int, groups: int, max_tokens: int, plain: bool = True) -> dict[Tile, int]:
     """Every tile `choose` takes for 1 .. max_tokens tokens, each with a number of tokens that takes it."""
     found: dict[Tile, int] = {}
-    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+    for m in token_counts(max_tokens):
         tile = choose(n, k, m, groups, plain)
         if tile not in found:
             odd = max(1, m - 1)
@@ -185,28 +187,19 @@ def shipped() -> list[Tile]:
 
 
 @dataclass(frozen=True)
-class ExpertTiles120:
+class ExpertTiles120(TilePair):
     """The tiles of an experts layer's two products; both take the same tokens, the slots of a routing tile."""
 
     w13: Tile
     w2: Tile
 
-    @property
-    def tokens(self) -> int:
-        return self.w13.tokens
-
     def check(self) -> None:
         """Raise ValueError for tiles the kernels cannot run."""
-        if self.w13.tokens != self.w2.tokens:
-            raise ValueError(f"{self}: w13 and w2 must take the same tokens")
+        self.check_tokens()
         if self.w13.panels != 2 or self.w2.panels != 1:
             raise ValueError(f"{self}: w13 takes two panels, gate and up, and w2 one")
         self.w13.check()
         self.w2.check()
-
-    def most_tiles(self, pairs: int, experts: int) -> int:
-        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
-        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
 
 
 # (most tokens an expert gets on average, tiles)
@@ -225,7 +218,7 @@ def choose_experts(pairs: int, known: int) -> ExpertTiles120:
 def chosen_experts(topk: int, known: int, max_tokens: int) -> dict[ExpertTiles120, int]:
     """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number that takes it."""
     found: dict[ExpertTiles120, int] = {}
-    for m in [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]:
+    for m in token_counts(max_tokens):
         found.setdefault(choose_experts(m * topk, known), m)
     return found
 

@@ -57,7 +57,6 @@ class Device:
             for function, stand_in in (
                 ("compiled", self._compiled),
                 ("capability_of", lambda device: capability),
-                ("_sm_count", lambda device: sms),
                 ("sm_count", lambda device: sms),
             ):
                 if hasattr(module, function):

@@ -26,7 +26,8 @@ from ..expert_tiles100 import (
     shipped_expert_tiles,
 )
 from ..format import GROUP_SIZE, padded_k
-from .linear import TYPE_NAMES, _sm_count
+from ..support import sm_count
+from .linear import TYPE_NAMES
 from .quantize import arch_of, arch_of_name
 
 __all__ = [
@@ -176,7 +177,7 @@ def run(
         whose = (int(act_scale is None), int(owner(act_scale) == "expert"), int(out_act_scale.numel() > 1))
         _kernel(arch, "product", tile, result)(
             *weight, codes, scales, scale, table, pair_of_slot, target, out_scales, out_act_scale,
-            *whose, limit, _sm_count(x.device),
+            *whose, limit, sm_count(x.device),
         )  # fmt: skip
 
     limit = math.inf if swiglu_limit is None else swiglu_limit

@@ -10,7 +10,8 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
-from ..format import GROUP_SIZE, padded_k
+from ..format import check_k, padded_k
+from ..support import sm_count
 from ..tiles100 import Tile, choose, chosen, shipped
 from . import quantize
 from .quantize import arch_of, arch_of_name
@@ -28,34 +29,30 @@ TOKEN_GROUP = 2048  # tokens whose tiles run next to each other: they fit in L2 
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
-def _check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) -> None:
+def check_shapes(x, codes, block_scales, row_scale, bias, n, k, groups, out_dtype) -> None:
+    """Raise ValueError unless the operands are those of `run`, of either family of Blackwell's."""
+    check_k(k)
     if n % groups:
         raise ValueError(f"N = {n} rows do not divide into {groups} groups")
-    if k % GROUP_SIZE:
-        raise ValueError(f"K = {k} is not a multiple of {GROUP_SIZE}")
+    scales_shape = (groups * -(-n // groups // 128), -(-k // 64), 32, 16)
     if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != groups * k:
         raise ValueError(f"x must be bf16 [M, {groups} * {k}], got {x.dtype} {tuple(x.shape)}")
-    code_shape = (n, padded_k(k) // 2)
-    scale_shape = (groups * -(-(n // groups) // 128), -(-k // 64), 32, 16)
-    for name, operand, shape in (("codes", codes, code_shape), ("block scales", scales, scale_shape)):
-        if operand.dtype != torch.uint8 or operand.shape != shape or not operand.is_contiguous():
+    for name, tensor, dtype, shape in (
+        ("codes", codes, torch.uint8, (n, padded_k(k) // 2)),
+        ("block_scales", block_scales, torch.uint8, scales_shape),
+        ("row_scale", row_scale, torch.float32, (n,)),
+    ):
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous uint8 {shape} from prepare_linear for N = {n}, K = {k}, {groups} groups, "
-                f"got {operand.dtype} {tuple(operand.shape)}"
+                f"{name} must be contiguous {dtype} {shape} from prepare_linear for N = {n}, K = {k}, {groups} groups, "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        if operand.data_ptr() % 16:
-            raise ValueError(f"{name} must start at a multiple of 16 bytes, got {operand.data_ptr():#x}")
-    if row_scale.dtype != torch.float32 or row_scale.shape != (n,):
-        raise ValueError(f"row_scale must be f32 [{n}], got {row_scale.dtype} {tuple(row_scale.shape)}")
+        if dtype is torch.uint8 and tensor.data_ptr() % 16:
+            raise ValueError(f"{name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}")
     if bias is not None and (bias.dtype not in TYPE_NAMES or bias.shape != (n,)):
         raise ValueError(f"bias must be f32 or bf16 [{n}], got {bias.dtype} {tuple(bias.shape)}")
     if out_dtype not in TYPE_NAMES:
         raise ValueError(f"out_dtype must be torch.bfloat16 or torch.float32, got {out_dtype}")
-
-
-@cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def run(
@@ -82,7 +79,7 @@ def run(
     """
     if x.device.type != "cuda" or codes.device != x.device:
         raise ValueError(f"x and codes must be on one CUDA device, got {x.device} and {codes.device}")
-    _check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype)
+    check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype)
     m = x.shape[0]
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=x.device)
@@ -99,7 +96,7 @@ def run(
     kernel(
         codes, scales, x_codes, x_scales, act_scale, row_scale, row_scale if bias is None else bias.float(), out,
         groups, int(act_scale.numel() > 1), float(bias is not None),
-        max(1, TOKEN_GROUP // config.tokens), _sm_count(x.device),
+        max(1, TOKEN_GROUP // config.tokens), sm_count(x.device),
     )  # fmt: skip
     return out
 

@@ -9,10 +9,11 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
-from ..format import check_k, padded_k
 from ..sm100 import quantize
+from ..sm100.linear import TYPE_NAMES, check_shapes
 from ..sm100.quantize import arch_of, arch_of_name
-from ..tiles120 import BLOCK_K, Tile, choose, chosen, general, shipped
+from ..support import sm_count
+from ..tiles120 import Tile, choose, chosen, general, shipped
 
 __all__ = [
     "chosen",
@@ -24,35 +25,6 @@ __all__ = [
 ]  # of every family of Blackwell's
 
 TOKEN_GROUP = 2048  # tokens whose tiles run next to each other: their codes fit in L2 for every K in use
-TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-
-
-def _check_shapes(x, codes, block_scales, row_scale, bias, n, k, groups, out_dtype) -> None:
-    check_k(k)
-    if n % groups:
-        raise ValueError(f"N = {n} rows do not divide into {groups} groups")
-    scales_shape = (groups * -(-n // groups // 128), -(-k // BLOCK_K), 32, 16)
-    if x.dtype != torch.bfloat16 or x.dim() != 2 or x.shape[1] != groups * k:
-        raise ValueError(f"x must be bf16 [M, {groups} * {k}], got {x.dtype} {tuple(x.shape)}")
-    for name, tensor, dtype, shape in (
-        ("codes", codes, torch.uint8, (n, padded_k(k) // 2)),
-        ("block_scales", block_scales, torch.uint8, scales_shape),
-        ("row_scale", row_scale, torch.float32, (n,)),
-    ):
-        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous {dtype} {shape} from prepare_linear for N = {n}, K = {k}, {groups} groups, "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-    if bias is not None and (bias.dtype not in TYPE_NAMES or bias.shape != (n,)):
-        raise ValueError(f"bias must be f32 or bf16 [{n}], got {bias.dtype} {tuple(bias.shape)}")
-    if out_dtype not in TYPE_NAMES:
-        raise ValueError(f"out_dtype must be torch.bfloat16 or torch.float32, got {out_dtype}")
-
-
-@cache
-def sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def run(
@@ -82,7 +54,7 @@ def run(
         raise ValueError(
             f"x and weights must be on one CUDA device, x is on {x.device}, codes on {codes.device}"
         )
-    _check_shapes(x, codes, block_scales, row_scale, bias, n, k, groups, out_dtype)
+    check_shapes(x, codes, block_scales, row_scale, bias, n, k, groups, out_dtype)
     m = x.shape[0]
     if out is None:
         out = torch.empty((m, n), dtype=out_dtype, device=x.device)

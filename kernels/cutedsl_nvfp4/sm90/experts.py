@@ -16,10 +16,11 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
+from ..support import sm_count
 from ..tiles import ExpertTiles, Narrow, choose_experts, shipped_expert_tiles, shipped_experts
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
-from .linear import TYPE_NAMES, _sm_count
+from .linear import TYPE_NAMES
 
 MAX_EXPERTS = 1024  # local ones (routing.py)
 TOPKS = (6, 8)  # compiled ahead of time
@@ -131,7 +132,7 @@ def run(
         (config.w13, True, x, w13, h),
         (config.w2, False, h, w2, y),
     ):
-        numbers = (topk, limit, SCALE_BIAS, _sm_count(x.device) * tiles.ctas_per_sm)
+        numbers = (topk, limit, SCALE_BIAS, sm_count(x.device) * tiles.ctas_per_sm)
         _kernel("product", tiles, activated)(source, *operands, pair_of_slot, table, target, *numbers)
     _kernel("combine", topk, out_dtype)(y, ids, known, weights, out, *local)
     return out

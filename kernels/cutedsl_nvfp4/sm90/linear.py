@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from ..compiled import compiled
+from ..support import sm_count
 from ..tiles import PANEL_ROWS, Config, Narrow, choose, general, shipped
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
@@ -38,11 +39,6 @@ def _check_shapes(x, codes, scales, row_scale, bias, n, k, groups, out_dtype) ->
         raise ValueError(f"bias must be f32 or bf16 [{n}], got {bias.dtype} {tuple(bias.shape)}")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"out_dtype must be torch.bfloat16 or torch.float32, got {out_dtype}")
-
-
-@cache
-def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def run(
@@ -105,7 +101,7 @@ def run(
     if not isinstance(config, Narrow):
         if not config.fits_groups(panels_per_group, groups):
             raise ValueError(f"{config} would mix groups: a group has {panels_per_group} panels")
-        numbers += (max(1, TOKEN_GROUP // config.tokens), _sm_count(x.device) * config.ctas_per_sm)
+        numbers += (max(1, TOKEN_GROUP // config.tokens), sm_count(x.device) * config.ctas_per_sm)
     kernel(x, codes, scales, row_scale, row_scale if bias is None else bias, out, *numbers)
     return out
 
