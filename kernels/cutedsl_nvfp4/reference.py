@@ -32,6 +32,11 @@ from .format import (
 )
 
 
+def _divide(values: torch.Tensor, number: float) -> torch.Tensor:
+    """values / number, correctly rounded: by a Python number torch multiplies with the reciprocal on CUDA."""
+    return values / torch.full_like(values, number)
+
+
 def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round [..., K] to NVFP4 -> (codes uint8 [..., K/2], block_scales e4m3 [..., K/16]).
 
@@ -40,7 +45,7 @@ def quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor,
     """
     check_k(x.shape[-1])
     groups = x.float().unflatten(-1, (-1, GROUP_SIZE))
-    ideal = groups.abs().amax(-1) / E2M1_MAX / global_scale
+    ideal = _divide(groups.abs().amax(-1), E2M1_MAX) / global_scale
     block_scales = ideal.clamp(max=E4M3_MAX).to(SCALE_DTYPE)
     step = block_scales.float() * global_scale
     scaled = torch.where(step.unsqueeze(-1) > 0, groups / step.unsqueeze(-1), torch.zeros_like(groups))
@@ -66,7 +71,7 @@ def dequantize(
 def dynamic_act_scale(x: torch.Tensor) -> torch.Tensor:
     """Per-token activation global scale f32 [M] of x [M, K]: amax / (6 * 448), 1 for an all-zero token."""
     amax = x.abs().amax(-1).float()
-    return torch.where(amax > 0, amax / AMAX_PER_GLOBAL_SCALE, torch.ones_like(amax))
+    return torch.where(amax > 0, _divide(amax, AMAX_PER_GLOBAL_SCALE), torch.ones_like(amax))
 
 
 def _round_activations(x: torch.Tensor, act_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
