@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -71,6 +72,12 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client was killed, as tests do
+            super().handle_error(request, client_address)
+
+
 class Hub:
     """Serves `repositories` (id -> Repository) at `url` while it is entered; `requests` is its log.
 
@@ -86,7 +93,7 @@ class Hub:
         self._lock = threading.Lock()
         self._healed = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+        self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
 
     def __enter__(self) -> "Hub":
