@@ -30,33 +30,28 @@ class Request:
 
 @dataclass
 class Repository:
-    """`revisions`: branch, tag or ref -> the folder with its files. `gated`: files need `token`, listings do not."""
+    """Branches, tags and refs by name, each a commit. `gated`: files need `token`, listings do not."""
 
-    revisions: dict[str, Path]
     gated: bool = False
     private: bool = False
     token: str = "hf_let_me_in"
     lost: set[str] = field(default_factory=set)  # listed, and answered with 404
+    revisions: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Path] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for folder in self.revisions.values():
-            self.commits[self._commit(folder)] = folder
-
-    @staticmethod
-    def _commit(folder: Path) -> str:
-        """A commit hash: of the names and contents."""
+    def commit(self, folder: Path, revision: str = "main") -> str:
+        """Let `revision` be the files of `folder` -> the commit, a hash of their names and contents."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         text = "".join(f"{path.relative_to(folder)} {_sha256(path)}\n" for path in files)
-        return hashlib.sha1(text.encode()).hexdigest()
+        commit = hashlib.sha1(text.encode()).hexdigest()
+        self.commits[commit] = folder
+        self.revisions[revision] = commit
+        return commit
 
     def resolve(self, revision: str) -> tuple[str, Path] | None:
         """A branch, tag, ref or commit -> (commit, folder)."""
-        if revision in self.commits:
-            return revision, self.commits[revision]
-        if revision in self.revisions:
-            return self._commit(self.revisions[revision]), self.revisions[revision]
-        return None
+        commit = self.revisions.get(revision, revision)
+        return (commit, self.commits[commit]) if commit in self.commits else None
 
 
 @dataclass
@@ -108,7 +103,8 @@ class Hub:
             server.server_close()
 
     def add(self, name: str, folder: Path, **options: object) -> Repository:
-        self.repositories[name] = Repository({"main": folder}, **options)
+        self.repositories[name] = Repository(**options)
+        self.repositories[name].commit(folder)
         return self.repositories[name]
 
     def cut(self, file: str, after: int, times: float = 1) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoint tools' command lines on ids of models, against a hub on 127.0.0.1 and the installed huggingface-hub."""
+"""The checkpoint tools' command lines on ids of models: the installed huggingface-hub against a hub on 127.0.0.1."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("hub")  # the checkpoint is made and conver
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The demo in BF16: three files of 8 MB, and others in a folder that belongs to a checkpoint and in one that does not."""
+    """The demo in BF16: three files of 8 MB, and beside them what belongs to a checkpoint and what does not."""
     folder = tmp_path_factory.mktemp("hub") / "source"
     small.write(folder, small.native_dtypes(small.demo_values()), small.config(None), shards=3)
     for file in ("encoding/encode.py", "original/part.safetensors", "consolidated.safetensors", "README.md"):
@@ -87,9 +87,7 @@ def machine(hub, tmp_path) -> Machine:
 def contents(folder: Path) -> dict[str, bytes]:
     """Path -> bytes of a conversion; without the key in its record, which says what the source was."""
     found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
     record = json.loads(found["conversion.json"])
     del record["key"]
@@ -120,6 +118,13 @@ def test_conversion_from_the_hub_is_that_of_the_folder(hub, machine, source, con
     again = machine.run("convert_checkpoint", ID, tmp_path / "dst")
     assert again.returncode == 0 and again.stdout == run.stdout
     assert hub.sent() == {}, "whatever is cached is not fetched again, and a finished conversion not repeated"
+
+    closed = f"http://127.0.0.1:{free_port()}"
+    alone = machine.run("convert_checkpoint", ID, tmp_path / "dst", HF_ENDPOINT=closed)
+    assert alone.returncode == 0 and alone.stdout == run.stdout
+    commit = hub.repositories[ID].revisions["main"]
+    assert "cannot be reached" in alone.stderr
+    assert f"reading the copy that was downloaded last, {machine.cache}/snapshots/{commit}" in alone.stderr
 
     remedy = run.stderr.rpartition("to free its disk: ")[2].split()
     assert remedy[0] == "hf" and machine.cache.is_dir()
@@ -175,15 +180,16 @@ def test_stopped_download_goes_on(how, hub, machine, tmp_path):
     process.send_signal(how)
     _, err = process.communicate(timeout=5)
     left = list(blobs.glob("*.incomplete"))
-    hub.heal()
-    refusal = fill_disk(tmp_path / "full", 10**6)  # the second run shall say what it finds, and fetch nothing
-    said = machine.run("convert_checkpoint", ID, tmp_path / "dst", **refusal).stderr
     if how == signal.SIGINT:
         assert process.returncode == 1 and err.endswith("interrupted; the same command goes on from here\n")
-        assert not left and "killed downloads" not in said
-    else:
-        assert len(left) == 1 and f"rm {blobs}/*.incomplete" in said
-    assert hub.sent().keys() == {SHARDS[1]}
+        assert not left
+        return
+    hub.heal()
+    said = machine.refused("convert_checkpoint", ID, tmp_path / "dst", **fill_disk(tmp_path / "full", 10**6))
+    assert len(left) == 1 and said.endswith(
+        f"that killed ones left behind: rm {blobs}/*.incomplete, or choose a DST on another disk"
+    )
+    assert hub.sent().keys() == {SHARDS[1]}, "what is whole is not read again"
 
 
 def test_disk_that_is_too_small_is_refused_before_the_download(hub, machine, tmp_path):
@@ -225,16 +231,87 @@ def test_inspection_reads_headers_alone(hub, machine, source, tmp_path):
     assert not machine.cache.exists()
 
 
-@pytest.mark.parametrize("revision", ["old", "refs/pr/1", "feature/small", "commit"])
+@pytest.mark.parametrize("revision", ["refs/pr/1", "feature/small", "the commit"])
 def test_revision_is_read(revision, hub, machine, tmp_path):
-    repository = hub.repositories[ID]
-    other = small.write(tmp_path / "other", {"embed.weight": small.demo_values()["embed.weight"]}, {"num_hidden_layers": 1})
-    if revision != "commit":
-        repository.revisions[revision] = other
-    repository.__post_init__()
-    commit = repository.add(other)
-    run = machine.run(
-        "inspect_checkpoint", ID, "--revision", commit if revision == "commit" else revision, "--json", "-"
-    )
+    tensors = {"embed.weight": small.demo_values()["embed.weight"]}
+    other = small.write(tmp_path / "other", tensors, {"num_hidden_layers": 1})
+    commit = hub.repositories[ID].commit(other, revision)
+    wanted = commit if revision == "the commit" else revision
+    run = machine.run("inspect_checkpoint", ID, "--revision", wanted, "--json", "-")
     assert run.returncode == 0, run.stderr
     assert [row["kind"] for row in json.loads(run.stdout)["rows"]] == ["embeddings"]
+
+
+def test_plan_reads_headers_alone(hub, machine, source):
+    plans = [
+        machine.run("plan_memory", location, "1xH200", "--max-model-len", 4096, "--json").stdout
+        for location in (ID, source)
+    ]
+    assert plans[0] == plans[1] and json.loads(plans[0])["fits"]
+    assert all(hub.sent()[shard] <= BLOCK_BYTES + 8 for shard in SHARDS)
+
+
+# --- what goes wrong ---
+
+
+def test_refusals(hub, machine, source, tmp_path):
+    """Each in one line with the thing, the value and the remedy."""
+    hub.add("owner/gated", source, gated=True)
+    hub.add("owner/private", source, private=True)
+    hub.add("owner/lost", source, lost={SHARDS[2]})
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    for file in ("config.json", INDEX, *SHARDS[:2]):
+        (partial / file).symlink_to(source / file)
+    hub.add("owner/partial", partial)
+    for name, options, variables, words in (
+        ("owner/none", (), {}, "check the name; for a private one set HF_TOKEN"),
+        ("owner/none", (), {"HF_TOKEN": "hf_mine"}, "check the name; for a private one set HF_TOKEN"),
+        ("owner/private", (), {}, "check the name; for a private one set HF_TOKEN"),
+        ("owner/gated", (), {}, f"no HF_TOKEN is set: accept its terms on {hub.url}/owner/gated"),
+        ("owner/gated", (), {"HF_TOKEN": "hf_mine"}, "the account of HF_TOKEN has no access: accept its terms"),
+        (ID, ("--revision", "nope"), {}, f"no revision 'nope'; name a branch, tag or commit of {hub.url}/{ID}"),
+        ("owner/lost", (), {}, f"lists {SHARDS[2]}, which the hub does not have; owner/lost is incomplete"),
+        ("owner/partial", (), {}, f"lists {SHARDS[2]}, which is missing; owner/partial is incomplete on the hub"),
+    ):  # fmt: skip
+        said = machine.refused("inspect_checkpoint", name, *options, **variables)
+        assert words in said and name in said, said
+    for name in ("owner/gated", "owner/lost"):
+        assert name in machine.refused("convert_checkpoint", name, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists() and not list((machine.home / "hub").glob("models--*/blobs/*"))
+
+
+def test_token_goes_to_no_other_host_and_damage_in_the_cache_is_named(hub, machine, source):
+    hub.add(ID, source, gated=True)
+    run = machine.run("compare_checkpoints", ID, source, "--only", "shared", HF_TOKEN="hf_let_me_in")
+    assert run.returncode == 0, run.stderr
+    to_storage = [request for request in hub.requests if request.path.endswith(SHARDS[0]) and request.sent]
+    assert len(to_storage) == 2 and not any(request.authorized for request in to_storage)
+    assert all(request.authorized for request in hub.requests if "/resolve/" in request.path)
+
+    blob = (machine.cache / "snapshots" / hub.repositories[ID].revisions["main"] / SHARDS[0]).resolve()
+    os.truncate(blob, 1000)
+    said = machine.refused("inspect_checkpoint", ID)
+    assert f"{blob} has 1000 bytes" in said and "delete it, and run the same command again" in said
+
+
+def test_file_that_is_lost_during_the_download_is_named(hub, machine, source, tmp_path):
+    hub.add(ID, source, lost={"tokenizer.json"})
+    said = machine.refused("convert_checkpoint", ID, tmp_path / "dst")
+    assert f"{ID} lists tokenizer.json, which the hub does not have" in said
+    assert not (tmp_path / "dst").exists()
+
+
+def test_hub_out_of_reach(machine):
+    """At once where nobody listens, after the client's time limit where nobody answers."""
+    closed = f"http://127.0.0.1:{free_port()}"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for url in (closed, f"http://127.0.0.1:{silent.getsockname()[1]}"):
+            begun = time.monotonic()
+            variables = {"HF_ENDPOINT": url, "HF_HUB_ETAG_TIMEOUT": "1"}
+            said = machine.refused("inspect_checkpoint", ID, **variables)
+            assert f"the hub ({url}/{ID}) cannot be reached" in said and "check the network" in said
+            assert time.monotonic() - begun < 5
+    assert "HF_HUB_OFFLINE forbids to ask the hub: unset it" in machine.refused(
+        "inspect_checkpoint", ID, HF_HUB_OFFLINE="1"
+    )

@@ -109,6 +109,8 @@ class Hub:
         """What a download of `files` is going to write."""
         what = f"the download of {self.label} into {self.cache}"
         remedy = "set HF_HOME to a folder on another disk"
+        if abandoned := self._parts():
+            remedy += f", or {self._clean_up(abandoned)}"
         return Use(self.cache, sum(self.missing(files).values()), what, remedy)
 
     def download(self, files: list[str]) -> Path:
@@ -120,11 +122,7 @@ class Hub:
 
         missing, abandoned = self.missing(files), self._parts()
         if abandoned:
-            print(
-                f"note: killed downloads left {human(sum(path.stat().st_size for path in abandoned))} behind that "
-                f"nothing will use; unless one is still running: rm {self.own_cache}/blobs/*.incomplete",
-                file=sys.stderr,
-            )
+            print(f"note: {self._clean_up(abandoned)}", file=sys.stderr)
         if missing:
             print(
                 f"downloading {self.label} at commit {self.commit[:12]}: {len(missing)} of {len(files)} files, "
@@ -135,12 +133,21 @@ class Hub:
         with self._errors(download=True), self._stopped_at_once(abandoned):
             folder = snapshot_download(self.label, revision=self.revision, allow_patterns=patterns)
         if os.path.basename(folder) != self.commit:
-            raise CheckpointError(f"{self.label} was changed on the hub meanwhile; run the same command again")
+            raise CheckpointError(
+                f"{self.label} was changed on the hub meanwhile; run the same command again"
+            )
         return Path(folder)
 
     def _parts(self) -> set[Path]:
         """Files of the cache that downloads are, or were, in the middle of."""
         return set(self.own_cache.glob("blobs/*.incomplete"))
+
+    def _clean_up(self, parts: set[Path]) -> str:
+        nbytes = human(sum(path.stat().st_size for path in parts))
+        return (
+            f"unless another download of {self.label} is running, delete the {nbytes} that killed ones left behind: "
+            f"rm {self.own_cache}/blobs/*.incomplete"
+        )
 
     @contextmanager
     def _stopped_at_once(self, others: set[Path]) -> Iterator[None]:
