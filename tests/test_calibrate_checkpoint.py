@@ -90,7 +90,11 @@ def test_bad_input_is_refused_before_anything_is_served(tmp_path, capsys):
         ((DEMO, tmp_path / "missing.txt"), "missing.txt"),
         ((DEMO, tmp_path / "empty.txt"), "is empty"),
         ((DEMO, tmp_path / "binary.txt"), "give UTF-8 text files"),
-        ((tmp_path / "nothing", tmp_path / "empty.txt"), "neither a folder"),
+        (
+            (tmp_path / "nothing", tmp_path / "empty.txt"),
+            "nothing is no folder; scales are written into a local",
+        ),
+        (("owner/name", tmp_path / "empty.txt"), "owner/name is no folder; scales are written into a local"),
         ((DEMO, ROOT / "README.md", "--margin", 0.5), "--margin is 0.5, expected 1 to 1024"),
         ((DEMO, ROOT / "README.md"), "nothing to calibrate"),
     ):

@@ -14,7 +14,6 @@ from .folder import (
     PARTIAL,
     Checkpoint,
     Folder,
-    find_source,
     read_checkpoint,
     sync_folder,
     write_json,
@@ -178,7 +177,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     options = _parse_arguments(arguments)
     try:
-        if not isinstance(find_source(options.folder), Folder):
+        if not os.path.isdir(options.folder):
             raise CheckpointError(
                 f"{options.folder} is no folder; scales are written into a local checkpoint"
             )

@@ -17,8 +17,10 @@ import torch
 
 from . import names, quantize
 from .dialects import Contents, Linear, read_contents
-from .folder import Folder, download, read_checkpoint
+from .disk import check_disks
+from .folder import Folder, find_source, read_checkpoint
 from .headers import CheckpointError, Tensor
+from .hub import Hub
 
 SHOWN = 30
 BATCH = 64  # tensors a worker takes at a time
@@ -237,6 +239,16 @@ def _check(found: list[Difference], notes: list[str], least: float) -> int:
     return 1 if below or reasons else 0
 
 
+def fetch(locations: list[str]) -> list[Path]:
+    """Folders, and ids on the hub -> folders; what is on the hub is downloaded, if the disk has the room for it."""
+    sources = [find_source(location) for location in locations]
+    wanted = {
+        source: sorted(read_checkpoint(source).weight_files) for source in sources if isinstance(source, Hub)
+    }
+    check_disks([source.disk_use(files) for source, files in wanted.items()])
+    return [source.download(wanted[source]) if isinstance(source, Hub) else source.path for source in sources]
+
+
 def main(arguments: list[str]) -> int:
     """Exit status 0: compared; 1: they could not be, or with --at-least not all of them, or a tensor is noisier."""
     parser = argparse.ArgumentParser(
@@ -260,7 +272,7 @@ def main(arguments: list[str]) -> int:
     try:
         if unknown := only - {*names.KINDS, "rest", "mtp"}:
             raise CheckpointError(f"--only: {', '.join(sorted(unknown))} is no kind of module")
-        folders = [download(location).path for location in (args.a, args.b)]
+        folders = fetch([args.a, args.b])
         found, notes = compare(*folders, only, max(1, args.jobs))
         print_table(found, notes, args.show)
         if args.json:

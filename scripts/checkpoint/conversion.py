@@ -238,8 +238,10 @@ def plan_conversion(contents: Contents, options: Options) -> Conversion:
     return Conversion(shards, frozenset(nvfp4), keeps_fp8, tuple(notes))
 
 
-def conversion_key(conversion: Conversion, options: Options, source_files: dict[str, tuple[int, int]]) -> str:
-    """Hash of all that decides the output: options, actions, and every source file's bytes and time of change."""
+def conversion_key(
+    conversion: Conversion, options: Options, source_files: dict[str, tuple[int, int | str]]
+) -> str:
+    """Hash of all that decides the output: options, actions, and the identity of every source file."""
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
     digest.update(json.dumps(sorted(source_files.items())).encode())
     for shard in conversion.shards:

@@ -14,7 +14,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from . import config, names
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
+from .disk import Use, check_disks, human
 from .folder import (
     COMPANIONS,
     CONFIG,
@@ -30,12 +31,13 @@ from .folder import (
     PARTIAL,
     Checkpoint,
     Folder,
-    download,
+    find_source,
     read_checkpoint,
     sync_folder,
     write_json,
 )
 from .headers import CheckpointError
+from .hub import Hub
 from .model import ratios
 from .shards import Measured, ShardWriter
 
@@ -43,10 +45,6 @@ JOURNAL = ".conversion.jsonl"
 RECORD = "conversion.json"
 SPARE_BYTES = 64 * 2**20  # beside the tensors: JSON files, the file system's own
 _REPLACED = (CONFIG, INDEX, "hf_quant_config.json", RECORD)
-
-
-def human(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class Progress:
@@ -167,10 +165,49 @@ class Journal:
         self._file.close()
 
 
-def _prepare_destination(destination: Path, source: Path, key: str) -> Journal | None:
+@dataclass(frozen=True)
+class _Plan:
+    """All that is known of a conversion before a tensor is read. `native`: config.json in DeepSeek's keys."""
+
+    checkpoint: Checkpoint
+    native: dict
+    conversion: Conversion
+    companions: dict[str, int]  # path -> bytes of the files to copy beside the tensors
+    left_behind: list[str]  # other files at the top
+    key: str
+
+    @property
+    def source_files(self) -> list[str]:
+        return sorted(self.checkpoint.weight_files | self.companions.keys())
+
+    def disk_use(self, destination: Path, finished: dict[str, dict]) -> Use:
+        shards = sum(shard.nbytes for shard in self.conversion.shards if shard.file not in finished)
+        nbytes = shards + sum(self.companions.values()) + SPARE_BYTES
+        return Use(destination, nbytes, "the conversion", "choose a DST on another disk")
+
+
+def _plan(source: Folder | Hub, options: Options) -> _Plan:
+    """CheckpointError for a source that is damaged or cannot be served as asked."""
+    checkpoint = read_checkpoint(source)
+    native = config.native_config(checkpoint.config)
+    ratios(native)  # or refused
+    contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
+    conversion = plan_conversion(contents, options)
+    identities = {tensor.file: source.identity(tensor.file) for tensor in checkpoint.tensors.values()}
+    others = sorted(
+        file
+        for file in checkpoint.files
+        if not file.endswith(".safetensors") and not file.startswith(".") and file not in _REPLACED
+    )
+    copied = [file for file in others if any(fnmatchcase(file, pattern) for pattern in COMPANIONS)]
+    companions = {file: checkpoint.files[file] for file in copied} | source.below("encoding")
+    left_behind = [file for file in others if file not in copied]
+    key = conversion_key(conversion, options, identities)
+    return _Plan(checkpoint, native, conversion, companions, left_behind, key)
+
+
+def _prepare_destination(destination: Path, key: str) -> Journal | None:
     """An empty or half-converted folder -> its journal; None if it already holds this very conversion."""
-    if destination.resolve() == source.resolve():
-        raise CheckpointError("DST is SRC; the converter does not overwrite its source")
     present = {path.name for path in destination.iterdir()} if destination.exists() else set()
     if RECORD in present and CONFIG in present and JOURNAL not in present:
         if json.loads((destination / RECORD).read_text()).get("key") == key:
@@ -183,20 +220,6 @@ def _prepare_destination(destination: Path, source: Path, key: str) -> Journal |
     return Journal(destination, key)
 
 
-def _companions(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """(files to copy beside the tensors, relative to the source; other files at its top, which stay behind)."""
-    source = checkpoint.source.path
-    others = sorted(
-        file
-        for file in checkpoint.files
-        if not file.endswith(".safetensors") and not file.startswith(".") and file not in _REPLACED
-    )
-    copied = [file for file in others if any(fnmatchcase(file, pattern) for pattern in COMPANIONS)]
-    nested = sorted(path for path in (source / "encoding").rglob("*") if path.is_file())
-    files = [Path(file) for file in copied] + [path.relative_to(source) for path in nested]
-    return files, [file for file in others if file not in copied]
-
-
 def _copy_file(source: Path, destination: Path) -> None:
     """Copy so that `destination` is whole and flushed as soon as it exists."""
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -206,19 +229,6 @@ def _copy_file(source: Path, destination: Path) -> None:
         os.fsync(file.fileno())
     partial.rename(destination)
     sync_folder(destination.parent)
-
-
-def _check_disk(destination: Path, conversion: Conversion, finished: dict[str, dict], others: int) -> None:
-    """`others`: bytes of the files copied beside the tensors."""
-    shards = sum(shard.nbytes for shard in conversion.shards if shard.file not in finished)
-    needed = shards + others + SPARE_BYTES
-    folder = next(path for path in (destination, *destination.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"{folder} has {human(free)} free, the conversion needs {human(needed)} more: free "
-            f"{human(needed - free)}, or choose a DST on another disk"
-        )
 
 
 def _run_shards(
@@ -289,20 +299,10 @@ def _record(conversion: Conversion, journal: Journal, options: Options, key: str
     return {"key": key, "options": asdict(options), "nvfp4": sorted(conversion.nvfp4), "converted": errors}
 
 
-def _finish(
-    source: Path,
-    companions: list[Path],
-    conversion: Conversion,
-    journal: Journal,
-    destination: Path,
-    native: dict,
-    record: dict,
-) -> None:
-    """Copy the other files, then write what makes the folder a checkpoint: index, and config.json last of all.
-
-    `native`: the source's config.json in DeepSeek's keys.
-    """
-    for file in companions:
+def _finish(source: Path, plan: _Plan, journal: Journal, destination: Path, record: dict) -> None:
+    """Copy the other files, then write what makes the folder a checkpoint: index, and config.json last of all."""
+    conversion = plan.conversion
+    for file in plan.companions:
         _copy_file(source / file, destination / file)
     outputs = [
         (output, shard.file) for shard in conversion.shards for job in shard.jobs for output in job.outputs
@@ -316,9 +316,9 @@ def _finish(
     write_json(destination / RECORD, record)
     write_json(destination / INDEX, index)
     if conversion.keeps_fp8:
-        final = config.experts_only_config(native)
+        final = config.experts_only_config(plan.native)
     else:
-        final = config.modelopt_config(native, set(conversion.nvfp4))
+        final = config.modelopt_config(plan.native, set(conversion.nvfp4))
     sync_folder(destination)
     write_json(destination / CONFIG, final)
     sync_folder(destination)
@@ -331,33 +331,42 @@ def convert(source: Path, destination: Path, options: Options, jobs: int = 1, de
     Raises CheckpointError, before anything is written, for a source that is damaged or cannot be served as
     asked, a destination that holds something else, or a disk that is too small.
     """
-    checkpoint = read_checkpoint(Folder(source))
-    native = config.native_config(checkpoint.config)
-    ratios(native)  # or refused
-    contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
-    conversion = plan_conversion(contents, options)
-    companions, left_behind = _companions(checkpoint)
-    stats = {tensor.file: os.stat(source / tensor.file) for tensor in checkpoint.tensors.values()}
-    key = conversion_key(
-        conversion, options, {file: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
-    )
-    journal = _prepare_destination(destination, source, key)
+    if destination.resolve() == source.resolve():
+        raise CheckpointError("DST is SRC; the converter does not overwrite its source")
+    plan = _plan(Folder(source), options)
+    journal = _prepare_destination(destination, plan.key)
     if journal is None:
         return json.loads((destination / RECORD).read_text())
-    others = sum((source / file).stat().st_size for file in companions)
-    _check_disk(destination, conversion, journal.finished, others)
+    check_disks([plan.disk_use(destination, journal.finished)])
     destination.mkdir(parents=True, exist_ok=True)
     journal.begin()
-    for note in conversion.notes:
+    for note in plan.conversion.notes:
         print(f"note: {note}", file=sys.stderr)
-    if left_behind:
-        print(f"note: not copied, no part of a checkpoint: {', '.join(left_behind)}", file=sys.stderr)
+    if plan.left_behind:
+        print(f"note: not copied, no part of a checkpoint: {', '.join(plan.left_behind)}", file=sys.stderr)
     try:
-        _run_shards(conversion, journal, source, destination, options, jobs, device)
-        record = _record(conversion, journal, options, key)
-        _finish(source, companions, conversion, journal, destination, native, record)
+        _run_shards(plan.conversion, journal, source, destination, options, jobs, device)
+        record = _record(plan.conversion, journal, options, plan.key)
+        _finish(source, plan, journal, destination, record)
     finally:
         journal.close()
+    return record
+
+
+def convert_from_hub(
+    hub: Hub, destination: Path, options: Options, jobs: int = 1, device: str = "cpu"
+) -> dict:
+    """Download `hub` and convert it; what `convert` refuses before it writes is refused before the download."""
+    plan = _plan(hub, options)
+    journal = _prepare_destination(destination, plan.key)
+    if journal is None:
+        return json.loads((destination / RECORD).read_text())
+    check_disks([hub.disk_use(plan.source_files), plan.disk_use(destination, journal.finished)])
+    record = convert(hub.download(plan.source_files), destination, options, jobs, device)
+    print(
+        f"note: the download stays in {hub.own_cache}; to free its disk: hf cache rm model/{hub.label}",
+        file=sys.stderr,
+    )
     return record
 
 
@@ -430,8 +439,9 @@ def main(arguments: list[str]) -> int:
     try:
         if args.device != "cpu" and not torch.cuda.is_available():
             raise CheckpointError(f"--device {args.device}: torch sees no CUDA device; leave it out")
-        source = download(args.source, args.revision)
-        _report(convert(source.path, args.destination, options, max(1, args.jobs), args.device))
+        source = find_source(args.source, args.revision)
+        work = (args.destination, options, max(1, args.jobs), args.device)
+        _report(convert_from_hub(source, *work) if isinstance(source, Hub) else convert(source.path, *work))
     except (CheckpointError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return 1

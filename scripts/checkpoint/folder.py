@@ -1,17 +1,18 @@
-"""A checkpoint's files: a folder, or a repository on the Hugging Face hub read by range requests."""
+"""A checkpoint's files, in a folder or on the Hugging Face hub, and what their headers say."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from .headers import CheckpointError, Tensor, parse_json, read_header
+from .hub import Hub, Unreachable, cached_snapshot
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -25,6 +26,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 class Folder:
     """A local folder of files."""
 
+    readers = 1
+    incomplete = "the download is incomplete"
+
     def __init__(self, path: Path):
         self.path = path
         self.label = str(path)
@@ -33,51 +37,21 @@ class Folder:
         """Name -> bytes of every file at the top of the folder."""
         return {entry.name: entry.stat().st_size for entry in os.scandir(self.path) if entry.is_file()}
 
+    def below(self, folder: str) -> dict[str, int]:
+        """Path -> bytes of every file in `folder` and its subfolders."""
+        found = [path for path in (self.path / folder).rglob("*") if path.is_file()]
+        return {path.relative_to(self.path).as_posix(): path.stat().st_size for path in found}
+
+    def identity(self, file: str) -> tuple[int, int | str]:
+        """(bytes, time of the last change), or in huggingface-hub's cache (bytes, hash of the contents)."""
+        path = self.path / file
+        stat = path.stat()
+        if path.is_symlink() and (target := Path(os.readlink(path))).parent.name == "blobs":
+            return stat.st_size, target.name
+        return stat.st_size, stat.st_mtime_ns
+
     def open(self, file: str) -> BinaryIO:
         return (self.path / file).open("rb")
-
-
-class Hub:
-    """A model repository on the Hugging Face hub; only the byte ranges that are read are fetched."""
-
-    def __init__(self, repository: str, revision: str | None):
-        try:
-            from huggingface_hub import HfFileSystem
-        except ImportError:
-            raise CheckpointError(
-                f"{repository} is no folder here, and reading it from the hub needs the package huggingface-hub: "
-                f"pip install huggingface-hub, or use .venv/bin/python"
-            ) from None
-        self.label = repository
-        self.root = repository + (f"@{revision}" if revision else "")
-        self.system = HfFileSystem()
-
-    def files(self) -> dict[str, int]:
-        with _hub_errors(self.label):
-            listing = self.system.ls(self.root, detail=True)
-        return {os.path.basename(row["name"]): row["size"] for row in listing if row["type"] == "file"}
-
-    @contextmanager
-    def open(self, file: str) -> Iterator[BinaryIO]:
-        with (
-            _hub_errors(self.label),
-            self.system.open(f"{self.root}/{file}", "rb", block_size=2**20) as handle,
-        ):
-            yield handle
-
-
-@contextmanager
-def _hub_errors(label: str) -> Iterator[None]:
-    """Whatever huggingface-hub's HTTP client raises -> CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{label} is no folder here and cannot be read from the hub ({type(error).__name__}: {error}); check the "
-            f"name, the network, and HF_TOKEN for a gated model"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -90,6 +64,11 @@ class Checkpoint:
     files: dict[str, int]
 
     @property
+    def weight_files(self) -> set[str]:
+        """The files that hold tensors, and what says which does."""
+        return {tensor.file for tensor in self.tensors.values()} | ({CONFIG, INDEX} & self.files.keys())
+
+    @property
     def num_layers(self) -> int:
         layers = self.config.get("num_hidden_layers")
         if not isinstance(layers, int) or layers < 1:
@@ -98,39 +77,33 @@ class Checkpoint:
 
 
 def find_source(location: str, revision: str | None = None) -> Folder | Hub:
-    """A folder's path, or the id of a repository on the hub."""
+    """A folder's path, or the id of a repository on the hub; its copy in the cache if the hub cannot be reached."""
     if os.path.isdir(location):
         return Folder(Path(location))
     if os.path.exists(location) or not _HUB_ID.fullmatch(location):
         raise CheckpointError(
             f"{location!r} is neither a folder nor the id of a model on the hub (owner/name)"
         )
-    return Hub(location, revision)
-
-
-def download(location: str, revision: str | None = None) -> Folder:
-    """A local folder of `location`; a hub id is downloaded into huggingface-hub's cache, resuming if cut off."""
-    if isinstance(find_source(location, revision), Folder):
-        return Folder(Path(location))
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", *COMPANIONS]
-    with _hub_errors(location):
-        return Folder(Path(snapshot_download(location, revision=revision, allow_patterns=patterns)))
+    try:
+        return Hub(location, revision)
+    except Unreachable as error:
+        copy = cached_snapshot(location, revision)
+        if copy is None:
+            raise
+        print(f"note: {error}; reading the copy that was downloaded last, {copy}", file=sys.stderr)
+        return Folder(copy)
 
 
 def read_json(source: Folder | Hub, file: str, files: dict[str, int]) -> dict:
     if file not in files:
-        raise CheckpointError(
-            f"{source.label} has no {file}; it is not a checkpoint, or its download is incomplete"
-        )
+        raise CheckpointError(f"{source.label} has no {file}; it is not a checkpoint, or {source.incomplete}")
     if files[file] > MAX_JSON_BYTES:
         raise CheckpointError(f"{file} has {files[file]} bytes, more than {MAX_JSON_BYTES}")
     with source.open(file) as handle:
         return parse_json(handle.read(), file)
 
 
-def check_file_name(file: object, files: dict[str, int]) -> str:
+def check_file_name(file: object, files: dict[str, int], incomplete: str = Folder.incomplete) -> str:
     """`file` if it names a safetensors file at the top of the folder; an index may not point anywhere else."""
     if not isinstance(file, str) or os.path.basename(file) != file or "\\" in file or "\0" in file:
         raise CheckpointError(
@@ -139,17 +112,17 @@ def check_file_name(file: object, files: dict[str, int]) -> str:
     if not file.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX} points to {file[:200]!r}, which is not a .safetensors file")
     if file not in files:
-        raise CheckpointError(f"{INDEX} lists {file[:200]}, which is missing; the download is incomplete")
+        raise CheckpointError(f"{INDEX} lists {file[:200]}, which is missing; {incomplete}")
     return file
 
 
-def read_index(index: dict, files: dict[str, int]) -> dict[str, str]:
-    """The index's parsed JSON -> tensor name -> file."""
+def read_index(index: dict, files: dict[str, int], incomplete: str = Folder.incomplete) -> dict[str, str]:
+    """The index's parsed JSON -> tensor name -> file. `incomplete` is what a missing file means."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX} has no weight_map; download it again")
     for file in {str(file): file for file in weight_map.values()}.values():
-        check_file_name(file, files)
+        check_file_name(file, files, incomplete)
     return weight_map
 
 
@@ -157,16 +130,23 @@ def read_checkpoint(source: Folder | Hub) -> Checkpoint:
     """Config, index and all headers of `source`, checked against each other; no tensor data is read."""
     files = source.files()
     config = read_json(source, CONFIG, files)
-    weight_map = read_index(read_json(source, INDEX, files), files) if INDEX in files else None
+    weight_map = None
+    if INDEX in files:
+        weight_map = read_index(read_json(source, INDEX, files), files, source.incomplete)
     shards = sorted(
         set(weight_map.values()) if weight_map else (f for f in files if f.endswith(".safetensors"))
     )
     if not shards:
         raise CheckpointError(f"{source.label} holds no .safetensors file")
-    tensors: dict[str, Tensor] = {}
-    for file in shards:
+
+    def header(file: str) -> dict[str, Tensor]:
         with source.open(file) as handle:
-            found = read_header(handle, files[file], file)
+            return read_header(handle, files[file], file)
+
+    with ThreadPoolExecutor(source.readers) as pool:
+        headers = list(pool.map(header, shards))
+    tensors: dict[str, Tensor] = {}
+    for file, found in zip(shards, headers):
         for name, tensor in found.items():
             if name in tensors:
                 raise CheckpointError(f"{name} is both in {tensors[name].file} and in {file}")
@@ -178,7 +158,7 @@ def read_checkpoint(source: Folder | Hub) -> Checkpoint:
             tensors[name] = tensor
     if weight_map is not None and (missing := weight_map.keys() - tensors.keys()):
         raise CheckpointError(
-            f"{len(missing)} tensors of {INDEX} are in no file, the first {min(missing)}; the download is incomplete"
+            f"{len(missing)} tensors of {INDEX} are in no file, the first {min(missing)}; {source.incomplete}"
         )
     return Checkpoint(source, config, tensors, files)
 
