@@ -3,7 +3,7 @@
 A peer gives `prepare(case, w13, w2, global_scale) -> weights`, `route(case, ids, weights) -> routing` (not
 timed) and `call(x, weights, routing, topk_weights) -> out [M, H]`. One whose package is missing raises
 ImportError in its constructor; the bench names it in its output. What a peer's call leaves out is in its
-docstring.
+docstring. One that `compiles` does so at its first call, for bench/warm.py.
 """
 
 import json
@@ -20,6 +20,7 @@ class GroupedBf16:
     """bf16 weights through torch's grouped GEMM; sorting the pairs by expert is not timed."""
 
     name = "grouped_mm_bf16"
+    compiles = False
 
     def prepare(self, case: ExpertCase, w13, w2, global_scale: float):
         def dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -53,6 +54,7 @@ class Humming:
     """
 
     name = "humming"
+    compiles = True
 
     def __init__(self):
         from humming.config import GemmType, InputQuantizationMode
@@ -175,20 +177,25 @@ class Humming:
 
 
 class Marlin:
-    """vLLM's Marlin MoE, whole, as its NVFP4 method calls it."""
+    """vLLM's Marlin MoE, whole, as its MarlinExperts calls it, with the locks that an engine keeps."""
 
     name = "marlin"
+    compiles = False
 
     def __init__(self):
+        from vllm import _custom_ops
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+        from vllm.model_executor.layers.quantization.utils.marlin_utils import get_marlin_workspace
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
             prepare_nvfp4_moe_layer_for_marlin,
         )
         from vllm.scalar_type import scalar_types
 
-        self._context = lambda: set_current_vllm_config(VllmConfig())
+        config = VllmConfig()
+        self._context = lambda: set_current_vllm_config(config)
+        self._locks, self._ops = get_marlin_workspace(torch.device("cuda", 0)), _custom_ops
         self._prepare, self._run = prepare_nvfp4_moe_layer_for_marlin, fused_marlin_moe
         self._activation, self._type = MoEActivation.SILU, scalar_types.float4_e2m1f.id
         self._limit = ApplyMoEActivationConfig(clamp_limit=LIMIT)
@@ -202,7 +209,7 @@ class Marlin:
             intermediate_size_per_partition=case.intermediate,
             params_dtype=torch.bfloat16,
         )
-        scale = torch.full((case.experts,), global_scale, device="cuda")
+        scale = torch.full((case.experts,), global_scale, device=w13[0].device)
         with self._context():
             return self._prepare(
                 layer,
@@ -239,10 +246,16 @@ class Marlin:
             global_scale1=a_global,
             global_scale2=b_global,
             activation=self._activation,
+            moe_sum=self._sum,
             expert_map=expert_map,
             global_num_experts=-1 if expert_map is None else expert_map.shape[0],
+            workspace=self._locks,
             activation_config=self._limit,
         )
+
+    def _sum(self, rows: torch.Tensor, out: torch.Tensor, ids: torch.Tensor, expert_map) -> torch.Tensor:
+        self._ops.moe_sum(rows, out, *(() if expert_map is None else (ids, expert_map)))
+        return out
 
 
 EXPERT_PEERS = (Humming, Marlin, GroupedBf16)

@@ -1,20 +1,49 @@
 """The peers: how each prepares NVFP4 weights and is called.
 
-A peer gives `prepare(codes, block_scales, global_scale) -> weights` and `call(x, weights) -> out [M, N]`. One
-whose package is missing raises ImportError in its constructor; the bench names it in its output.
+A peer gives `prepare(codes, block_scales, global_scale) -> weights`, tensors in tuples, lists and dicts that
+`clone` copies, and `call(x, weights) -> out [M, N]`. One that `compiles` does so at its first call, for bench/warm.py.
+One whose package is missing raises ImportError in its constructor; the bench names it in its output.
 """
 
 import json
+from collections.abc import Sequence
 
 import torch
 
 from cutedsl_nvfp4.reference import dequantize
 
 
+def import_peers(peers: Sequence[type], names: list[str]) -> tuple[list, dict[str, str]]:
+    """(instances of those named, {name: why} of those whose package is missing)"""
+    found, missing = [], {}
+    for peer in peers:
+        if peer.name in names:
+            try:
+                found.append(peer())
+            except ImportError as error:
+                missing[peer.name] = str(error)
+    return found, missing
+
+
+def clone(prepared):
+    """What a peer prepared once more: its tensors copied, with their strides, and all else shared."""
+    if isinstance(prepared, torch.Tensor):
+        copied = prepared.detach().clone()
+        if copied.stride() != prepared.stride():
+            raise ValueError(f"a copy would have strides {copied.stride()} instead of {prepared.stride()}")
+        return copied
+    if isinstance(prepared, dict):
+        return {name: clone(value) for name, value in prepared.items()}
+    if type(prepared) in (tuple, list):
+        return type(prepared)(clone(value) for value in prepared)
+    return prepared
+
+
 class CublasBf16:
     """What an unquantized checkpoint runs: torch.mm on bf16 weights."""
 
     name = "cublas_bf16"
+    compiles = False
     bytes_per_weight = 2.0
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
@@ -28,6 +57,7 @@ class Quack:
     """quack-kernels' gemm_w4a16 with its own tile choice."""
 
     name = "quack"
+    compiles = True
     bytes_per_weight = 9 / 16
 
     def __init__(self):
@@ -47,6 +77,7 @@ class Humming:
     """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it."""
 
     name = "humming"
+    compiles = True
     bytes_per_weight = 9 / 16
     _COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"})
 
@@ -115,17 +146,20 @@ class Humming:
 
 
 class Marlin:
-    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it."""
+    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it, with the locks that an engine keeps."""
 
     name = "marlin"
+    compiles = False
     bytes_per_weight = 9 / 16
 
     def __init__(self):
         from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+        from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4
 
-        self._context = lambda: set_current_vllm_config(VllmConfig())
         self._marlin = marlin_utils_fp4
+        config = VllmConfig()
+        self._context = lambda: set_current_vllm_config(config)
+        self._locks = marlin_utils.get_marlin_workspace(torch.device("cuda", 0))
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
         layer = torch.nn.Module()
@@ -139,17 +173,18 @@ class Marlin:
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
         with self._context():
             self._marlin.prepare_fp4_layer_for_marlin(layer)
-        return layer
+        return layer.weight, layer.weight_scale, layer.weight_global_scale, *codes.shape
 
-    def call(self, x: torch.Tensor, layer) -> torch.Tensor:
+    def call(self, x: torch.Tensor, weights) -> torch.Tensor:
+        weight, scale, global_scale, n, packed_k = weights
         return self._marlin.apply_fp4_marlin_linear(
-            x,
-            layer.weight,
-            layer.weight_scale,
-            layer.weight_global_scale,
-            None,
-            layer.output_size_per_partition,
-            layer.input_size_per_partition,
+            input=x,
+            weight=weight,
+            weight_scale=scale,
+            weight_global_scale=global_scale,
+            workspace=self._locks,
+            size_n=n,
+            size_k=2 * packed_k,
         )
 
 
