@@ -7,6 +7,8 @@ One whose package is missing raises ImportError in its constructor; the bench na
 
 import json
 from collections.abc import Sequence
+from functools import cache
+from typing import ClassVar
 
 import torch
 
@@ -74,12 +76,16 @@ class Quack:
 
 
 class Humming:
-    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it."""
+    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it.
+
+    Left to itself Humming compiles its tiles for every M, 33 kernels a shape, at a shape's first call. It is given
+    its own choice for the M at hand instead: the same kernel, 7 a shape for all of `shapes.TOKENS`.
+    """
 
     name = "humming"
     compiles = True
     bytes_per_weight = 9 / 16
-    _COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"})
+    _COMPUTE: ClassVar = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"}
 
     def __init__(self):
         self._checkpoint = {
@@ -94,8 +100,10 @@ class Humming:
         from humming.forward import humming_forward
         from humming.schema import BaseWeightSchema, HummingInputSchema
         from humming.transform import prepare_and_transform_humming_tensors
+        from humming.tune import get_heuristics_config
 
         self._forward, self._transform = humming_forward, prepare_and_transform_humming_tensors
+        self._heuristics, self._compute = get_heuristics_config, json.dumps(self._COMPUTE)
         self._weight_schema = BaseWeightSchema
         self._input_schema = HummingInputSchema(input_quant_mode=InputQuantizationMode.Disabled)
         units = torch.cuda.get_device_properties(0).multi_processor_count
@@ -125,10 +133,16 @@ class Humming:
             torch_dtype=torch.bfloat16,
             device=codes.device,
         )
-        return config, prepared, schema.hadamard_block_size
+        tuning = self._heuristics(layer_config=config, **self._COMPUTE)
+
+        @cache
+        def tiles(m: int) -> str:
+            return json.dumps(next(chosen for low, high, chosen in tuning if low < m <= high))
+
+        return config, prepared, schema.hadamard_block_size, tiles
 
     def call(self, x: torch.Tensor, weights) -> torch.Tensor:
-        config, tensors, hadamard = weights
+        config, tensors, hadamard, tiles = weights
         return self._forward(
             config,
             inputs=x,
@@ -141,7 +155,8 @@ class Humming:
             input_scale_2=None,
             hadamard_block_size=hadamard,
             locks=self._locks,
-            compute_config=self._COMPUTE,
+            compute_config=self._compute,
+            tuning_config=tiles(x.shape[0]),
         )
 
 

@@ -4,9 +4,9 @@
     PYTHONPATH=kernels:bench python3 bench/warm.py [--jobs N] [--shapes I:J] [--tokens 1,16] [--cases flash]
         [--peers quack,humming] [--seconds S]
 
-Each of `--jobs` processes on the one GPU takes a (shape, peer) or an (expert case, peer) at a time, prepares
-its weights once and calls it at every token count. What fails is printed and left out. A linear takes less
-than 1 GB, a case up to 15 GB. The timed run must see the same variables:
+Each of `--jobs` processes on the one GPU takes a (shape, M, peer) or an (expert case, peer) at a time, prepares
+its weights and calls it once, a linear at one token count and a case at all. What fails is printed and left
+out. A linear takes less than 1 GB, a case up to 15 GB. The timed run must see the same variables:
 
     QUACK_CACHE_DIR     quack's objects, else /tmp/USER/quack_cache. Found again under the same minor version of
                         Python and the same CuTe DSL, TVM FFI and quack.
@@ -19,7 +19,6 @@ This project's own kernels come from scripts/compile_kernels through CUTEDSL_NVF
 
 import argparse
 import multiprocessing
-import os
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -40,14 +39,17 @@ Task = tuple[Shape | ExpertCase, type, Sequence[int]]  # what to run, on which p
 def tasks(
     shapes: Iterable[Shape], tokens: Sequence[int], cases: Iterable[ExpertCase], names: Sequence[str]
 ) -> list[Task]:
-    """Every problem on every peer named that compiles; the cases first, which take longest."""
+    """Every problem on every peer named that compiles; the cases first, which take longest.
+
+    Shapes alternate, since one process waits for another that compiles the same kernel.
+    """
 
     def compiling(peers: Sequence[type]) -> list[type]:
         return [peer for peer in peers if peer.compiles and peer.name in names]
 
     plain = [shape for shape in shapes if shape.groups == 1]  # what peers can do
     return [(case, peer, EXPERT_TOKENS) for peer in compiling(EXPERT_PEERS) for case in cases] + [
-        (shape, peer, tokens) for peer in compiling(PEERS) for shape in plain
+        (shape, peer, (m,)) for peer in compiling(PEERS) for m in tokens for shape in plain
     ]
 
 
@@ -96,8 +98,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500.0, help="no task starts later")
     arguments = parser.parse_args()
     started = time.monotonic()
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("HUMMING_MAX_PARALLEL_BUILD_WORKERS", str(-(-2 * cores // arguments.jobs)))
     todo = tasks(
         selected_shapes(arguments.shapes),
         [int(m) for m in arguments.tokens.split(",")],
@@ -109,10 +109,10 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool:
         runs = {pool.submit(run, task, started + arguments.seconds): task for task in todo}
         for done in as_completed(runs):
-            (problem, peer, _), failure = runs[done], done.result()
+            (problem, peer, tokens), failure = runs[done], done.result()
             failed += bool(failure)
             seconds = time.monotonic() - started
-            print(f"{seconds:.0f} s {peer.name} {problem.name} {failure or 'warm'}", flush=True)
+            print(f"{seconds:.0f} s {peer.name} {problem.name} {tokens} {failure or 'warm'}", flush=True)
     print(f"{len(todo) - failed} of {len(todo)} warm", flush=True)
 
 

@@ -87,12 +87,12 @@ def test_warming_takes_every_problem_of_the_peers_that_compile(bench):
 
     found = [
         (p.name, peer.name)
-        for p, peer, _ in tasks(model_shapes(), [1], EXPERT_CASES, ["quack", "humming", "marlin"])
+        for p, peer, _ in tasks(model_shapes(), [1, 16], EXPERT_CASES, ["quack", "humming", "marlin"])
     ]
     plain = [s.name for s in model_shapes() if s.groups == 1]
     assert sorted(found) == sorted(
         [(case.name, "humming") for case in EXPERT_CASES]
-        + [(name, peer) for name in plain for peer in ("quack", "humming")]
+        + 2 * [(name, peer) for name in plain for peer in ("quack", "humming")]
     )
 
 
