@@ -3,7 +3,7 @@
 A peer gives `prepare(case, w13, w2, global_scale) -> weights`, `route(case, ids, weights) -> routing` (not
 timed) and `call(x, weights, routing, topk_weights) -> out [M, H]`. One whose package is missing raises
 ImportError in its constructor; the bench names it in its output. What a peer's call leaves out is in its
-docstring.
+docstring. One that `compiles` does so at its first call, for bench/warm.py.
 """
 
 import json
@@ -20,6 +20,7 @@ class GroupedBf16:
     """bf16 weights through torch's grouped GEMM; sorting the pairs by expert is not timed."""
 
     name = "grouped_mm_bf16"
+    compiles = False
 
     def prepare(self, case: ExpertCase, w13, w2, global_scale: float):
         def dense(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -50,9 +51,11 @@ class Humming:
     """What stock vLLM 0.32.0 runs on Hopper without expert parallelism: its indexed GEMMs and activation.
 
     Aligning the routing and the weighted sum, which vLLM's own kernels do, are left out: its real time is longer.
+    It is given its own choice of tiles for the number of pairs at hand, and does not compile those for others.
     """
 
     name = "humming"
+    compiles = True
 
     def __init__(self):
         from humming.config import GemmType, InputQuantizationMode
@@ -117,14 +120,15 @@ class Humming:
                 device=codes.device,
             )
             tuning = self._heuristics(layer_config=config, gemm_type=self._indexed)
-            layers.append((config, prepared, tuning, json.dumps(tuning)))
+            layers.append((config, prepared, tuning))
         return layers
 
     def route(self, case: ExpertCase, ids: torch.Tensor, weights):
         pairs = -(-ids.numel() * case.experts // case.known)
         routing = []
-        for _, _, tuning, text in weights:
-            block = next(config["block_shape"][0] for low, high, config in tuning if low < pairs <= high)
+        for _, _, tuning in weights:
+            tiles = next(config for low, high, config in tuning if low < pairs <= high)
+            block = tiles["block_shape"][0]
             _, _, sorted_ids, expert_ids, padded = self._align(ids, case.experts, self._indexed, block)
             routing.append(
                 {
@@ -132,7 +136,7 @@ class Humming:
                     "expert_ids": expert_ids,
                     "num_tokens_padded": padded,
                     "compute_config": self._compute,
-                    "tuning_config": text,
+                    "tuning_config": json.dumps(tiles),
                     "valid_shape_m": pairs,
                 }
             )
@@ -153,7 +157,7 @@ class Humming:
         return self._product(h, weights[1], kwargs[1], 1, h.shape[0])
 
     def _product(self, x: torch.Tensor, layer, kwargs: dict, topk: int, rows: int) -> torch.Tensor:
-        config, tensors, _, _ = layer
+        config, tensors, _ = layer
         out = torch.empty(rows, config.shape_n - config.pad_shape_n, dtype=x.dtype, device=x.device)
         return self._forward(
             config,
@@ -175,20 +179,25 @@ class Humming:
 
 
 class Marlin:
-    """vLLM's Marlin MoE, whole, as its NVFP4 method calls it."""
+    """vLLM's Marlin MoE, whole, as its MarlinExperts calls it, with the locks that an engine keeps."""
 
     name = "marlin"
+    compiles = False
 
     def __init__(self):
+        from vllm import _custom_ops
         from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+        from vllm.model_executor.layers.quantization.utils.marlin_utils import get_marlin_workspace
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
             prepare_nvfp4_moe_layer_for_marlin,
         )
         from vllm.scalar_type import scalar_types
 
-        self._context = lambda: set_current_vllm_config(VllmConfig())
+        config = VllmConfig()
+        self._context = lambda: set_current_vllm_config(config)
+        self._locks, self._ops = get_marlin_workspace(torch.device("cuda", 0)), _custom_ops
         self._prepare, self._run = prepare_nvfp4_moe_layer_for_marlin, fused_marlin_moe
         self._activation, self._type = MoEActivation.SILU, scalar_types.float4_e2m1f.id
         self._limit = ApplyMoEActivationConfig(clamp_limit=LIMIT)
@@ -202,7 +211,7 @@ class Marlin:
             intermediate_size_per_partition=case.intermediate,
             params_dtype=torch.bfloat16,
         )
-        scale = torch.full((case.experts,), global_scale, device="cuda")
+        scale = torch.full((case.experts,), global_scale, device=w13[0].device)
         with self._context():
             return self._prepare(
                 layer,
@@ -239,10 +248,16 @@ class Marlin:
             global_scale1=a_global,
             global_scale2=b_global,
             activation=self._activation,
+            moe_sum=self._sum,
             expert_map=expert_map,
             global_num_experts=-1 if expert_map is None else expert_map.shape[0],
+            workspace=self._locks,
             activation_config=self._limit,
         )
+
+    def _sum(self, rows: torch.Tensor, out: torch.Tensor, ids: torch.Tensor, expert_map) -> torch.Tensor:
+        self._ops.moe_sum(rows, out, *(() if expert_map is None else (ids, expert_map)))
+        return out
 
 
 EXPERT_PEERS = (Humming, Marlin, GroupedBf16)

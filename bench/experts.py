@@ -17,8 +17,11 @@ import sys
 import time
 
 import torch
+from expert_peers import EXPERT_PEERS
+from peers import import_peers
+from report import save
 from shapes import EXPERT_CASES, EXPERT_TOKENS, ExpertCase
-from timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilings, microseconds
+from timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilings, interleaved
 
 from cutedsl_nvfp4.reference import dequantize, swiglu
 from cutedsl_nvfp4.sm90.experts import run
@@ -32,13 +35,37 @@ SAMPLED_TOKENS = 8
 ZIPF = 1.0
 
 
+def random_experts(case: ExpertCase) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """(codes, block scales) [E, N, ...] of w13 and of w2, valid and random."""
+
+    def weights(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.randint(0, 256, (case.experts, n, k // 2), dtype=torch.uint8, device="cuda")
+        scales = torch.rand(case.experts, n, k // 16, device="cuda") * 3 + 0.5
+        return codes, scales.to(torch.float8_e4m3fn)
+
+    return weights(2 * case.intermediate, case.hidden), weights(case.hidden, case.intermediate)
+
+
+def routed_inputs(case: ExpertCase, m: int, routing: str) -> list[tuple[torch.Tensor, ...]]:
+    """(x, weights, ids) of enough distinct calls that no call finds its weights in L2."""
+    found = []
+    for _ in range(4 if m <= 32 else 1):
+        x = torch.randn(m, case.hidden, device="cuda").to(torch.bfloat16)
+        chance = torch.arange(1, case.known + 1, device="cuda").float().pow(-ZIPF).log()
+        chance = chance[torch.randperm(case.known, device="cuda")]
+        gumbel = -torch.empty(m, case.known, device="cuda").exponential_().log()
+        score = gumbel + chance if routing == "zipf" else gumbel
+        ids = score.topk(case.topk, dim=1).indices.to(torch.int32)
+        found.append((x, torch.rand(m, case.topk, device="cuda"), ids))
+    return found
+
+
 class Layer:
     """Random valid experts: the checkpoint's tensors, and the kernels' operands."""
 
     def __init__(self, case: ExpertCase):
         self.case = case
-        self.w13 = self._random(2 * case.intermediate, case.hidden)
-        self.w2 = self._random(case.hidden, case.intermediate)
+        self.w13, self.w2 = random_experts(case)
         self.packed = (
             *pack_experts(*(t.clone() for t in self.w13), gate_up=True),
             torch.full((case.experts, 2 * case.intermediate), GLOBAL_SCALE, device="cuda"),
@@ -49,25 +76,6 @@ class Layer:
         if case.known > case.experts:
             self.expert_map = torch.full((case.known,), -1, dtype=torch.int32, device="cuda")
             self.expert_map[: case.experts] = torch.arange(case.experts, dtype=torch.int32, device="cuda")
-
-    def _random(self, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        experts = self.case.experts
-        codes = torch.randint(0, 256, (experts, n, k // 2), dtype=torch.uint8, device="cuda")
-        scales = torch.rand(experts, n, k // 16, device="cuda") * 3 + 0.5
-        return codes, scales.to(torch.float8_e4m3fn)
-
-    def inputs(self, m: int, routing: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(x, weights, ids) of enough distinct calls that no call finds its weights in L2."""
-        found = []
-        for _ in range(4 if m <= 32 else 1):
-            x = torch.randn(m, self.case.hidden, device="cuda").to(torch.bfloat16)
-            chance = torch.arange(1, self.case.known + 1, device="cuda").float().pow(-ZIPF).log()
-            chance = chance[torch.randperm(self.case.known, device="cuda")]
-            gumbel = -torch.empty(m, self.case.known, device="cuda").exponential_().log()
-            score = gumbel + chance if routing == "zipf" else gumbel
-            ids = score.topk(self.case.topk, dim=1).indices.to(torch.int32)
-            found.append((x, torch.rand(m, self.case.topk, device="cuda"), ids))
-        return found
 
     def run(self, x, weights, ids, config=None) -> torch.Tensor:
         case = self.case
@@ -120,7 +128,7 @@ def errors(layer: Layer, inputs, out: torch.Tensor) -> tuple[float, float]:
 
 def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tuned: dict) -> dict:
     case = layer.case
-    inputs = layer.inputs(m, routing)
+    inputs = routed_inputs(case, m, routing)
     ids = [i[2] for i in inputs]
     row = {
         "case": case.name,
@@ -137,7 +145,7 @@ def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tu
     row["error_over_rounding"][OURS] = error / rounding if rounding else 1.0
     if not error <= 1.1 * rounding:
         sys.exit(f"wrong result: {row}: error {error}, rounding alone {rounding}")
-    graphs = {OURS: capture([lambda i=i: layer.run(*i, config=config) for i in inputs])}
+    graphs = {OURS: (capture([lambda i=i: layer.run(*i, config=config) for i in inputs]), len(inputs))}
     kept = []  # what the graphs read
     for name, (peer, weights) in prepared.items():
         try:
@@ -148,19 +156,15 @@ def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tu
                 out = peer.finish(out, ids[0], inputs[0][1], case)
             error, rounding = errors(layer, inputs[0], out)
             row["error_over_rounding"][name] = error / rounding if rounding else math.nan
-            graphs[name] = capture(
-                [
-                    lambda i=i, r=r, p=peer, w=weights: p.call(i[0], w, r, i[1])
-                    for i, r in zip(inputs, routes, strict=True)
-                ]
-            )
+            calls = [
+                lambda i=i, r=r, p=peer, w=weights: p.call(i[0], w, r, i[1])
+                for i, r in zip(inputs, routes, strict=True)
+            ]
+            graphs[name] = (capture(calls), len(calls))
         except (AssertionError, ValueError, RuntimeError, TypeError, StopIteration) as failure:
             reason = f"{type(failure).__name__}: {failure}"[:300]
             print(f"{name} cannot run {case.name} M={m}: {reason}", flush=True)
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(REPEATS):
-        for name, graph in graphs.items():
-            times[name].append(microseconds(graph, len(inputs), repeats=1, target_us=1000.0))
+    times = interleaved(graphs, REPEATS)
     row["us"] = {name: statistics.median(values) for name, values in times.items()}
     row["repeats_us"] = times
     text = "  ".join(
@@ -178,22 +182,14 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
     parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
     parser.add_argument("--routing", default="uniform,zipf")
-    parser.add_argument("--peers", default="humming,marlin,grouped_mm_bf16")
+    parser.add_argument("--peers", default=",".join(peer.name for peer in EXPERT_PEERS))
     parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument(
         "--tuned", help="rows of bench/tune_experts.py: take their best tiles, not choose_experts'"
     )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    peers, missing = [], {}
-    from expert_peers import EXPERT_PEERS
-
-    for peer in EXPERT_PEERS:
-        if peer.name in arguments.peers.split(","):
-            try:
-                peers.append(peer())
-            except ImportError as error:
-                missing[peer.name] = str(error)
+    peers, missing = import_peers(EXPERT_PEERS, arguments.peers.split(","))
     print("missing peers:", missing or "none", flush=True)
     tuned = best_tiles(arguments.tuned) if arguments.tuned else {}
     limits = ceilings()
@@ -220,8 +216,7 @@ def main() -> None:
                 if time.monotonic() > deadline:
                     sys.exit(f"out of time at {case.name}, M = {m}")
                 result["rows"].append(measure(layer, prepared, m, routing, limits, tuned))
-                with open(arguments.out, "w") as file:
-                    json.dump(result, file)
+                save(result, arguments.out)
         del layer, prepared
         torch.cuda.empty_cache()
 

@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """This project's Hopper linear beside its peers on every DeepSeek-V4 linear -> JSON with ceilings and rows.
 
-    PYTHONPATH=kernels:bench python3 bench/linear.py OUT.json [--shapes I:J] [--tokens 1,16] [--seconds S]
+    PYTHONPATH=kernels:bench python3 bench/linear.py OUT.json [--shapes I:J] [--tokens 1,16] [--peers quack]
+        [--seconds S]
 
 Per (shape, M): every implementation is timed in CUDA graphs over rotated weights (more bytes than L2 holds),
 `REPEATS` repeats interleaved between implementations, medians. The result is checked against float64 on
 sampled rows. `floor_us` uses the ceilings measured in the same run, `datasheet_us` the vendor's numbers.
+bench/warm.py before it, and CUTEDSL_NVFP4_KERNELS, spare the run the peers' and this project's compilers.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 
 import torch
-from peers import PEERS
-from shapes import TOKENS, Shape, model_shapes
+from peers import PEERS, clone, import_peers
+from report import save
+from shapes import TOKENS, Shape, selected_shapes
 from timing import (
     DATASHEET_BYTES_PER_S,
     DATASHEET_FLOPS,
@@ -24,9 +26,9 @@ from timing import (
     ceilings,
     copies,
     floor_us,
-    microseconds,
+    interleaved,
 )
-from tune import operands, relative_error
+from tune import exact_product, operands, relative_error
 
 from cutedsl_nvfp4.sm90.linear import run
 
@@ -47,11 +49,12 @@ def implementations(shape: Shape, peers: list):
         for peer in peers:
             count = copies(round(shape.n * shape.k * peer.bytes_per_weight))
             try:
-                weights = [peer.prepare(codes, scales, GLOBAL_SCALE) for _ in range(count)]
+                weights = peer.prepare(codes, scales, GLOBAL_SCALE)
+                rotations = [weights, *(clone(weights) for _ in range(count - 1))]
             except (AssertionError, ValueError, RuntimeError) as error:
                 print(f"{peer.name} cannot prepare {shape}: {type(error).__name__}: {error}", flush=True)
                 continue
-            found[peer.name] = (peer.call, weights)
+            found[peer.name] = (peer.call, rotations)
     return found, (codes, scales, row_scale)
 
 
@@ -73,10 +76,11 @@ def measure(shape: Shape, tokens: list[int], peers: list, limits: dict, rows: li
             "us": {},
             "error_over_rounding": {},
         }
+        exact = exact_product(shape, *reference, x)
         graphs = {}
         for name, (call, weights) in found.items():
             try:
-                error, rounding = relative_error(shape, *reference, x, call(x, weights[0]))
+                error, rounding = relative_error(call(x, weights[0]), *exact)
                 used = weights[: 16 if m >= 512 else None]
                 graphs[name] = (capture([lambda c=call, w=w, x=x: c(x, w) for w in used]), len(used))
             except (AssertionError, ValueError, RuntimeError) as failure:
@@ -90,10 +94,7 @@ def measure(shape: Shape, tokens: list[int], peers: list, limits: dict, rows: li
             row["error_over_rounding"][name] = error / rounding
             if name == OURS and not error <= 1.05 * rounding:
                 sys.exit(f"wrong result: {row}")
-        times: dict[str, list[float]] = {name: [] for name in graphs}
-        for _ in range(REPEATS):
-            for name, (graph, calls) in graphs.items():
-                times[name].append(microseconds(graph, calls, repeats=1, target_us=1000.0))
+        times = interleaved(graphs, REPEATS)
         row["us"] = {name: statistics.median(values) for name, values in times.items()}
         row["repeats_us"] = times
         rows.append(row)
@@ -106,21 +107,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out")
-    parser.add_argument("--shapes", default=":", help="slice of the shape list")
+    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS))
     parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
-    first, _, last = arguments.shapes.partition(":")
     deadline = time.monotonic() + arguments.seconds
-    peers, missing = [], {}
-    for peer in PEERS:
-        if peer.name not in arguments.peers.split(","):
-            continue
-        try:
-            peers.append(peer())
-        except ImportError as error:
-            missing[peer.name] = str(error)
+    peers, missing = import_peers(PEERS, arguments.peers.split(","))
     print("missing peers:", missing or "none", flush=True)
     limits = ceilings()
     result = {
@@ -132,10 +125,11 @@ def main() -> None:
         "rows": [],
     }
     print(limits, flush=True)
-    for shape in model_shapes()[int(first or 0) : int(last) if last else None]:
+    for shape in selected_shapes(arguments.shapes):
+        if time.monotonic() > deadline:
+            sys.exit(f"out of time at {shape}")
         measure(shape, [int(m) for m in arguments.tokens.split(",")], peers, limits, result["rows"], deadline)
-        with open(arguments.out, "w") as file:
-            json.dump(result, file)
+        save(result, arguments.out)
         torch.cuda.empty_cache()
 
 

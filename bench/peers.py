@@ -1,20 +1,51 @@
 """The peers: how each prepares NVFP4 weights and is called.
 
-A peer gives `prepare(codes, block_scales, global_scale) -> weights` and `call(x, weights) -> out [M, N]`. One
-whose package is missing raises ImportError in its constructor; the bench names it in its output.
+A peer gives `prepare(codes, block_scales, global_scale) -> weights`, tensors in tuples, lists and dicts that
+`clone` copies, and `call(x, weights) -> out [M, N]`. One that `compiles` does so at its first call, for bench/warm.py.
+One whose package is missing raises ImportError in its constructor; the bench names it in its output.
 """
 
 import json
+from collections.abc import Sequence
+from functools import cache
+from typing import ClassVar
 
 import torch
 
 from cutedsl_nvfp4.reference import dequantize
 
 
+def import_peers(peers: Sequence[type], names: list[str]) -> tuple[list, dict[str, str]]:
+    """(instances of those named, {name: why} of those whose package is missing)"""
+    found, missing = [], {}
+    for peer in peers:
+        if peer.name in names:
+            try:
+                found.append(peer())
+            except ImportError as error:
+                missing[peer.name] = str(error)
+    return found, missing
+
+
+def clone(prepared):
+    """What a peer prepared once more: its tensors copied, with their strides, and all else shared."""
+    if isinstance(prepared, torch.Tensor):
+        copied = prepared.detach().clone()
+        if copied.stride() != prepared.stride():
+            raise ValueError(f"a copy would have strides {copied.stride()} instead of {prepared.stride()}")
+        return copied
+    if isinstance(prepared, dict):
+        return {name: clone(value) for name, value in prepared.items()}
+    if type(prepared) in (tuple, list):
+        return type(prepared)(clone(value) for value in prepared)
+    return prepared
+
+
 class CublasBf16:
     """What an unquantized checkpoint runs: torch.mm on bf16 weights."""
 
     name = "cublas_bf16"
+    compiles = False
     bytes_per_weight = 2.0
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
@@ -28,6 +59,7 @@ class Quack:
     """quack-kernels' gemm_w4a16 with its own tile choice."""
 
     name = "quack"
+    compiles = True
     bytes_per_weight = 9 / 16
 
     def __init__(self):
@@ -44,11 +76,16 @@ class Quack:
 
 
 class Humming:
-    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it."""
+    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it.
+
+    Left to itself Humming compiles its tiles for every M, 33 kernels a shape, at a shape's first call. It is given
+    its own choice for the M at hand instead: the same kernel, 7 a shape for all of `shapes.TOKENS`.
+    """
 
     name = "humming"
+    compiles = True
     bytes_per_weight = 9 / 16
-    _COMPUTE = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"})
+    _COMPUTE: ClassVar = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"}
 
     def __init__(self):
         self._checkpoint = {
@@ -63,8 +100,10 @@ class Humming:
         from humming.forward import humming_forward
         from humming.schema import BaseWeightSchema, HummingInputSchema
         from humming.transform import prepare_and_transform_humming_tensors
+        from humming.tune import get_heuristics_config
 
         self._forward, self._transform = humming_forward, prepare_and_transform_humming_tensors
+        self._heuristics, self._compute = get_heuristics_config, json.dumps(self._COMPUTE)
         self._weight_schema = BaseWeightSchema
         self._input_schema = HummingInputSchema(input_quant_mode=InputQuantizationMode.Disabled)
         units = torch.cuda.get_device_properties(0).multi_processor_count
@@ -94,10 +133,16 @@ class Humming:
             torch_dtype=torch.bfloat16,
             device=codes.device,
         )
-        return config, prepared, schema.hadamard_block_size
+        tuning = self._heuristics(layer_config=config, **self._COMPUTE)
+
+        @cache
+        def tiles(m: int) -> str:
+            return json.dumps(next(chosen for low, high, chosen in tuning if low < m <= high))
+
+        return config, prepared, schema.hadamard_block_size, tiles
 
     def call(self, x: torch.Tensor, weights) -> torch.Tensor:
-        config, tensors, hadamard = weights
+        config, tensors, hadamard, tiles = weights
         return self._forward(
             config,
             inputs=x,
@@ -110,22 +155,26 @@ class Humming:
             input_scale_2=None,
             hadamard_block_size=hadamard,
             locks=self._locks,
-            compute_config=self._COMPUTE,
+            compute_config=self._compute,
+            tuning_config=tiles(x.shape[0]),
         )
 
 
 class Marlin:
-    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it."""
+    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it, with the locks that an engine keeps."""
 
     name = "marlin"
+    compiles = False
     bytes_per_weight = 9 / 16
 
     def __init__(self):
         from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+        from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4
 
-        self._context = lambda: set_current_vllm_config(VllmConfig())
         self._marlin = marlin_utils_fp4
+        config = VllmConfig()
+        self._context = lambda: set_current_vllm_config(config)
+        self._locks = marlin_utils.get_marlin_workspace(torch.device("cuda", 0))
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
         layer = torch.nn.Module()
@@ -139,17 +188,18 @@ class Marlin:
             setattr(layer, name, torch.nn.Parameter(tensor, requires_grad=False))
         with self._context():
             self._marlin.prepare_fp4_layer_for_marlin(layer)
-        return layer
+        return layer.weight, layer.weight_scale, layer.weight_global_scale, *codes.shape
 
-    def call(self, x: torch.Tensor, layer) -> torch.Tensor:
+    def call(self, x: torch.Tensor, weights) -> torch.Tensor:
+        weight, scale, global_scale, n, packed_k = weights
         return self._marlin.apply_fp4_marlin_linear(
-            x,
-            layer.weight,
-            layer.weight_scale,
-            layer.weight_global_scale,
-            None,
-            layer.output_size_per_partition,
-            layer.input_size_per_partition,
+            input=x,
+            weight=weight,
+            weight_scale=scale,
+            weight_global_scale=global_scale,
+            workspace=self._locks,
+            size_n=n,
+            size_k=2 * packed_k,
         )
 
 

@@ -11,12 +11,21 @@ it, with that run's peers and ceilings: times of two runs are never compared.
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 
 OURS = "cutedsl_nvfp4"
 PEERS = ("quack", "humming", "marlin", "cublas_bf16")
 EXPERT_PEERS = ("humming", "marlin", "grouped_mm_bf16")
+
+
+def save(result: dict, path: str) -> None:
+    """Write a run as JSON; a reader, or a run that is cut off, finds the file whole."""
+    part = f"{path}.part"
+    with open(part, "w") as file:
+        json.dump(result, file)
+    os.replace(part, path)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

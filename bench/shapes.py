@@ -53,6 +53,15 @@ def model_shapes() -> list[Shape]:
     return list(distinct.values())
 
 
+def selected_shapes(which: str) -> list[Shape]:
+    """Of model_shapes(), a slice "I:J" or the names separated by commas; KeyError names one that there is not."""
+    if ":" in which:
+        first, _, last = which.partition(":")
+        return model_shapes()[int(first or 0) : int(last) if last else None]
+    named = {shape.name: shape for shape in model_shapes()}
+    return [named[name] for name in which.split(",")]
+
+
 EXPERT_TOKENS = (1, 4, 16, 32, 64, 256, 1024, 4096, 16384)
 
 

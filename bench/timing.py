@@ -30,24 +30,46 @@ def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def _replay_us(graph: torch.cuda.CUDAGraph, replays: int = 1) -> float:
+    """Time of one replay, on average."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(replays):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / replays
+
+
+def _replays(graph: torch.cuda.CUDAGraph, target_us: float) -> int:
+    """How many replays are long enough to time."""
+    _replay_us(graph)
+    return max(1, min(200, round(target_us / _replay_us(graph))))
+
+
 def microseconds(
     graph: torch.cuda.CUDAGraph, calls: int, repeats: int = 5, target_us: float = 3000.0
 ) -> float:
     """Median time of one call, each repeat long enough (`target_us`) to time."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def once(replays: int) -> float:
-        start.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / replays
-
-    once(1)
-    replays = max(1, min(200, round(target_us / once(1))))
-    times = sorted(once(replays) for _ in range(repeats))
+    replays = _replays(graph, target_us)
+    times = sorted(_replay_us(graph, replays) for _ in range(repeats))
     return times[len(times) // 2] / calls
+
+
+def interleaved(
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], repeats: int, target_us: float = 1000.0
+) -> dict[str, list[float]]:
+    """{name: time of one call in each repeat} of {name: (graph, its calls)}; a repeat goes through all graphs.
+
+    A graph is replayed once untimed before each of its repeats, since another one ran before it.
+    """
+    replays = {name: _replays(graph, target_us) for name, (graph, _) in graphs.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(repeats):
+        for name, (graph, calls) in graphs.items():
+            graph.replay()
+            times[name].append(_replay_us(graph, replays[name]) / calls)
+    return times
 
 
 def ceilings() -> dict[str, float]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import candidates
 import torch
 from choose_tiles import read
-from shapes import TOKENS, Shape, model_shapes
+from shapes import TOKENS, Shape, selected_shapes
 from timing import capture, copies, microseconds
 
 from cutedsl_nvfp4.reference import dequantize
@@ -47,22 +47,33 @@ def _smaller(config: Config, best: Config) -> bool:
     return (config.tokens, -config.split_k) < (best.tokens, -best.split_k)
 
 
+def random_weights(shape: Shape, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, block scales) of a checkpoint, valid and random."""
+    codes = torch.randint(0, 256, (shape.n, shape.k // 2), dtype=torch.uint8, device=device)
+    scales = torch.rand(shape.n, shape.k // 16, device=device) * 3 + 0.5
+    return codes, scales.to(torch.float8_e4m3fn)
+
+
 def operands(shape: Shape, device: str = "cuda"):
     """Random valid weights: (codes, block scales) of the checkpoint, packed copies to rotate, row scales."""
-    codes = torch.randint(0, 256, (shape.n, shape.k // 2), dtype=torch.uint8, device=device)
-    scales = (torch.rand(shape.n, shape.k // 16, device=device) * 3 + 0.5).to(torch.float8_e4m3fn)
+    codes, scales = random_weights(shape, device)
     packed = pack_linear(codes, scales)
     rotated = [packed] + [tuple(t.clone() for t in packed) for _ in range(copies(shape.weight_bytes) - 1)]
     return codes, scales, rotated, torch.full((shape.n,), 1 / 2688, device=device)
 
 
-def relative_error(shape: Shape, codes, scales, row_scale, x, out) -> tuple[float, float]:
-    """(error of `out`, error of rounding the exact product to bf16) on sampled rows, against float64."""
-    rows = torch.randperm(shape.n, device=x.device)[:SAMPLED_ROWS]
+def exact_product(shape: Shape, codes, scales, row_scale, x) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sampled weight rows, their product with x in float64 [M, rows])"""
+    rows = torch.randperm(shape.n, device=x.device)[:SAMPLED_ROWS].sort().values
     weight = dequantize(codes[rows], scales[rows]).double() * row_scale[rows].double()[:, None]
-    groups = rows // (shape.n // shape.groups)
+    in_group = torch.bincount(rows // (shape.n // shape.groups), minlength=shape.groups).tolist()
     tokens = x.double().view(x.shape[0], shape.groups, shape.k)
-    exact = torch.einsum("mrk,rk->mr", tokens[:, groups], weight)
+    parts = [tokens[:, group] @ part.t() for group, part in enumerate(weight.split(in_group))]
+    return rows, torch.cat(parts, dim=1)
+
+
+def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """(error of `out`, error of rounding the exact product to bf16) on `exact_product`'s rows."""
     size = exact.norm()
     return (
         ((out[:, rows].double() - exact).norm() / size).item(),
@@ -81,6 +92,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
     for m in tokens:
         x = torch.randn(m, shape.groups * shape.k, device="cuda").to(torch.bfloat16)
         times: dict[Config, float] = {}
+        exact = exact_product(shape, codes, scales, row_scale, x)
         rows = []  # written together: half a problem's configurations must not replace an earlier run's
         before = known.get((shape.n, shape.k, shape.groups, m), {})
         limit = KNOWN_LOSS * min(before.values(), default=0.0)
@@ -97,7 +109,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
                 return run(x, *weights, row_scale, n=shape.n, k=shape.k, groups=shape.groups, config=config)
 
             if config not in verified:
-                error, rounding = relative_error(shape, codes, scales, row_scale, x, call(rotated[0]))
+                error, rounding = relative_error(call(rotated[0]), *exact)
                 if not error <= 1.05 * rounding:
                     sys.exit(
                         f"{config} is wrong on {shape}, M = {m}: error {error}, rounding alone {rounding}"
@@ -129,15 +141,9 @@ def main() -> None:
     arguments = parser.parse_args()
     without = list(filter(None, arguments.without.split(",")))
     known = read([arguments.known]) if arguments.known else {}
-    every = model_shapes()
-    if ":" in arguments.shapes:
-        first, _, last = arguments.shapes.partition(":")
-        selected = every[int(first or 0) : int(last) if last else None]
-    else:
-        selected = [s for s in every if s.name in arguments.shapes.split(",")]
     deadline = time.monotonic() + arguments.seconds
     with open(arguments.out, "w") as file:
-        for shape in selected:
+        for shape in selected_shapes(arguments.shapes):
             tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known, without)
 
 

@@ -14,7 +14,7 @@ import time
 
 import torch
 from candidates import experts as candidates
-from experts import Layer, floor_us
+from experts import Layer, floor_us, routed_inputs
 from shapes import EXPERT_CASES, EXPERT_TOKENS
 from timing import capture, ceilings, microseconds
 
@@ -23,7 +23,7 @@ from cutedsl_nvfp4.tiles import ExpertTiles
 
 def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: float) -> None:
     case = layer.case
-    inputs = layer.inputs(m, routing)
+    inputs = routed_inputs(layer.case, m, routing)
     times: dict[ExpertTiles, float] = {}
     expected = None
 
