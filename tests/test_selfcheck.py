@@ -211,6 +211,11 @@ def test_fault_in_the_child_names_the_kernel(tmp_path, fault):
 CRASHES = "def crash(*_):\n    os.abort()\nselfcheck.serve_child(crash)"
 HANGS = "def hang(*_):\n    time.sleep(600)\nselfcheck.serve_child(hang)"
 DIES_LATE = "selfcheck.serve_child(emulated)\nos._exit(3)"
+CUDA_ERROR = """
+def stray(*_):
+    raise RuntimeError("CUDA error: an illegal memory access\\nSearch for `cudaErrorIllegalAddress' in https://docs")
+selfcheck.serve_child(stray)
+"""
 ENDS_EARLY = "selfcheck.check_kernel = lambda *a: os._exit(0)\nselfcheck.serve_child()"
 
 
@@ -218,6 +223,7 @@ ENDS_EARLY = "selfcheck.check_kernel = lambda *a: os._exit(0)\nselfcheck.serve_c
     "body, words",
     [
         (CRASHES, rf"running {KERNEL}: the child process ended with status -6"),
+        (CUDA_ERROR, rf"running {KERNEL}: .*: RuntimeError: CUDA error: an illegal memory access"),
         (HANGS, rf"running {KERNEL}: no answer for 1 s: it hangs"),
         (ENDS_EARLY, rf"running {KERNEL}: the child process ended with status 0: without a word"),
         (
@@ -226,7 +232,7 @@ ENDS_EARLY = "selfcheck.check_kernel = lambda *a: os._exit(0)\nselfcheck.serve_c
         ),
         (DIES_LATE, "ending: the child process ended with status 3: without a word"),
     ],
-    ids=["crash", "hang", "ends early", "no device", "dies late"],
+    ids=["crash", "illegal address", "hang", "ends early", "no device", "dies late"],
 )
 def test_child_that_does_not_answer_is_a_failure(tmp_path, monkeypatch, body, words):
     monkeypatch.setattr(selfcheck, "RUN_SECONDS", 1.0)

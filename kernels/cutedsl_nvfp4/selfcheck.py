@@ -343,7 +343,7 @@ def check_in_child(
         child.wait()
     if len(errors) != len(kernels) or status != 0:
         said = _rest(complaints)
-        telling = (line for line in reversed(said) if "Error" in line or "Failed" in line)
+        telling = (line for line in reversed(said) if "Error: " in line or "Failed: " in line)
         reason = next(telling, (said or ["without a word"])[-1])
         if doing == "starting":
             reason += (
