@@ -49,7 +49,7 @@ def expert_candidates() -> dict[str, Kernel]:
     means = {m * case.topk / case.known for case in EXPERT_CASES for m in EXPERT_TOKENS}
     configs = {c for mean in means for configs in candidates.experts(mean) for c in configs}
     products = [("product", c, first) for c in configs for first in (True, False)]
-    others = [("route",), ("combine", 6, torch.bfloat16)]
+    others = [*(("route", ctas) for ctas in experts.ROUTE_CTAS), ("combine", 6, torch.bfloat16)]
     return expert_kernels({experts.kernel_name(*kernel): kernel for kernel in products + others})
 
 
@@ -80,10 +80,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("sets", nargs="*", choices=SETS, default=["linear", "experts"])
+    parser.add_argument("sets", nargs="*", help=f"of {', '.join(SETS)}; without any linear and experts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    wanted = {name: kernel for chosen in arguments.sets for name, kernel in SETS[chosen]().items()}
+    if unknown := set(arguments.sets) - set(SETS):
+        parser.error(f"no set of kernels is called {', '.join(sorted(unknown))}; there are {', '.join(SETS)}")
+    sets = arguments.sets or ["linear", "experts"]
+    wanted = {name: kernel for chosen in sets for name, kernel in SETS[chosen]().items()}
     wanted = {name: k for name, k in wanted.items() if not (arguments.folder / f"{name}.so").exists()}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         runs = {name: pool.submit(compile_one, name, k, arguments.folder) for name, k in wanted.items()}

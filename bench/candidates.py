@@ -78,7 +78,6 @@ def wide() -> list[Config]:
             Wide(1, 128, 1, 4, ctas_per_sm=2, persistent=True),
             Wide(1, 192, 1, 3, ctas_per_sm=2),
             Wide(1, 192, 1, 3, ctas_per_sm=2, persistent=True),
-            Wide(1, 256, 1, 2, ctas_per_sm=2, persistent=True),
             Wide(2, 64, 2, 3, ctas_per_sm=2),
             Wide(2, 96, 1, 5, ctas_per_sm=2),
             Wide(2, 192, 1, 6, persistent=True),
@@ -97,6 +96,25 @@ def wide() -> list[Config]:
             Wide(3, 160, 1, 7),
             Wide(3, 192, 1, 6),
             Wide(3, 192, 1, 6, persistent=True),
+            Wide(2, 64, 2, 3, 2, ctas_per_sm=2),
+            Wide(2, 64, 1, 6, 2, ctas_per_sm=2),
+            Wide(1, 64, 2, 4, 2, ctas_per_sm=2),
+            Wide(1, 128, 1, 4, 2, ctas_per_sm=2),
+            Wide(2, 64, 1, 8, 2),
+            Wide(2, 96, 1, 8, 2),
+            Wide(2, 128, 1, 7, 2),
+            Wide(1, 128, 1, 6, 2),
+            Wide(2, 128, 1, 6, 4),
+            Wide(2, 160, 1, 5, 4),
+            Wide(2, 192, 1, 4, 4),
+            Wide(3, 96, 1, 6, 4),
+            Wide(3, 128, 1, 5, 4),
+            Wide(2, 96, 1, 8),
+            Wide(2, 96, 2, 5, persistent=True, bulk=True),
+            Wide(3, 96, 1, 8),
+            Wide(3, 96, 2, 4, persistent=True, bulk=True),
+            Wide(2, 160, 1, 7, persistent=True, bulk=True),
+            Wide(2, 224, 1, 5, persistent=True, bulk=True),
         ]
         + [
             replace(config, bulk=True, lag=lag)
@@ -113,8 +131,53 @@ def wide() -> list[Config]:
             for lag in lags
         ]
         + [Wide(2, 256, 1, 5, persistent=True, lag=2)]
+        + [
+            replace(config, tail=tail)
+            for config, tails in (
+                (Wide(2, 128, 1, 8, persistent=True, bulk=True), (64,)),
+                (Wide(2, 192, 1, 6, persistent=True), (64,)),
+                (Wide(2, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
+                (Wide(2, 256, 1, 5, persistent=True), (64, 128)),
+                (Wide(2, 256, 1, 5, persistent=True, bulk=True), (64, 128)),
+                (Wide(2, 256, 1, 5, persistent=True, lag=1, bulk=True), (128,)),
+                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (128,)),
+                (Wide(2, 256, 1, 5, persistent=True, multicast=2, lag=2, bulk=True), (128,)),
+                (Wide(3, 128, 1, 7, persistent=True, bulk=True), (64,)),
+                (Wide(3, 192, 1, 6, persistent=True), (64,)),
+                (Wide(3, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
+            )
+            for tail in tails
+        ]
     )
     return small + large + _signalled(small + large)
+
+
+def estimate(config: Config, panels: int, k: int, m: int, sms: int = 132) -> float:
+    """Clocks of the SM with most to do: what decides between wide tiles, within about 15%.
+
+    A k block costs its wgmmas (4096 multiply-adds a clock, the less overlapped the fewer tokens a decoded weight
+    meets) and, where one warpgroup is alone, the instructions that decode it; a kernel costs its first loads and
+    last stores, a cluster its exchange. Clusters of four and more leave SMs of a GPC over.
+    """
+
+    def block(tokens: int) -> float:
+        wgmmas = 2 * config.panels * tokens / (0.92 if tokens > 128 else 0.87)
+        decoding = 96 * config.panels * (1.3 if tokens > 128 else 1.0)
+        if config.panels * config.ctas_per_sm == 1:
+            return wgmmas + decoding
+        return max(wgmmas, decoding / 0.7)
+
+    tiles = -(-panels // config.panels) * -(-m // config.tokens)
+    slots = sms if config.split_k < 4 else sms * 9 // 10
+    whole, rest = divmod(tiles * config.split_k, slots)
+    parts = config.tokens // config.tail if isinstance(config, Wide) and config.tail else 1
+    if rest * parts <= (parts - 1) * slots:
+        clocks = whole * block(config.tokens) + -(-rest * parts // slots) * block(
+            config.tail or config.tokens
+        )
+    else:
+        clocks = (whole + (rest > 0)) * block(config.tokens)
+    return clocks * (-(-k // 64) / config.split_k) + 6000 + 3500 * (config.split_k > 1)
 
 
 def experts(mean: float) -> list[list[Config]]:

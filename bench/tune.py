@@ -6,7 +6,8 @@
 
 Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
 A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next, and
-with `--known` none that took more than 1.12 times the best's time in those rows.
+with `--known` none that took more than 1.06 times the best's time in those rows, nor a wide one that is not in them
+and has more to do than the best (candidates.estimate).
 """
 
 import argparse
@@ -27,7 +28,7 @@ from cutedsl_nvfp4.sm90.linear import run
 from cutedsl_nvfp4.tiles import Config, Narrow
 
 SAMPLED_ROWS = 64
-KNOWN_LOSS = 1.12
+KNOWN_LOSS = 1.06
 MOST_SMALL_CTAS = 264  # of tiles of few tokens: two an SM
 
 
@@ -41,6 +42,18 @@ def eligible(config: Config, m: int, panels_per_group: int, groups: int) -> bool
     row_tiles = -(-panels_per_group * groups // config.panels)
     ctas = row_tiles * -(-m // config.tokens) * config.split_k
     return config.tokens > 64 or m <= 8 * config.tokens or ctas <= MOST_SMALL_CTAS
+
+
+def worth_trying(config: Config, before: dict[Config, float], panels: int, k: int, m: int) -> bool:
+    """Whether the times of an earlier run, `before`, leave a configuration a chance."""
+    if not before:
+        return True
+    best = min(before, key=before.get)
+    if config in before:
+        return before[config] <= KNOWN_LOSS * before[best]
+    if isinstance(config, Narrow) or isinstance(best, Narrow):
+        return True
+    return candidates.estimate(config, panels, k, m) <= candidates.estimate(best, panels, k, m)
 
 
 def _smaller(config: Config, best: Config) -> bool:
@@ -95,9 +108,8 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
         exact = exact_product(shape, codes, scales, row_scale, x)
         rows = []  # written together: half a problem's configurations must not replace an earlier run's
         before = known.get((shape.n, shape.k, shape.groups, m), {})
-        limit = KNOWN_LOSS * min(before.values(), default=0.0)
         for config in configs:
-            if before.get(config, limit) > limit:
+            if not worth_trying(config, before, panels_per_group * shape.groups, shape.k, m):
                 continue
             if config in slow or not eligible(config, m, panels_per_group, shape.groups):
                 continue

@@ -82,6 +82,7 @@ def test_widths_end_at_the_tile_and_are_whole_chunks():
         ExpertTiles(Wide(2, 64, persistent=True, multicast=2), Wide(2, 64)),
         ExpertTiles(Wide(3, 64), Wide(2, 64)),
         ExpertTiles(Wide(2, 64), Wide(2, 64, bulk=True)),
+        ExpertTiles(Wide(2, 64), Wide(2, 64, persistent=True, tail=32)),
         ExpertTiles(Narrow(8, split_k=2, signal=True), Narrow(8)),
     ],
     ids=str,

@@ -39,6 +39,8 @@ def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
         Wide(3, 128, 2, 4),
         Wide(3, 192, 1, 6, persistent=True, lag=1, bulk=True),
         Wide(2, 256, 1, 5, persistent=True, lag=2, multicast=2, bulk=True),
+        Wide(2, 256, 1, 5, persistent=True, multicast=2, tail=128),
+        Wide(3, 192, 1, 6, persistent=True, bulk=True, tail=96),
         Wide(3, 96, 2, 4, split_k=2),
         Wide(2, 96, 2, 4, split_k=8, signal=True),
         Narrow(16, 4, 1, 4, split_k=8, signal=True),
@@ -66,20 +68,22 @@ def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
         "import runpy, sys, torch; from cutedsl_nvfp4.sm90 import experts, linear; "
         "from cutedsl_nvfp4.tiles import Narrow; "
         f"linear.shipped_kernels = lambda: {{{name!r}: (Narrow(), torch.bfloat16, False, True)}}; "
-        "experts.shipped_kernels = lambda: {'nvfp4_experts_sm90_route': ('route',)}; "
+        "experts.shipped_kernels = lambda: {'nvfp4_experts_sm90_route_8': ('route', 8)}; "
         f"sys.argv = ['compile_kernels', {str(tmp_path / 'sm_90a')!r}, '--jobs', '1', '--sass']; "
         f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     manifest = json.loads((tmp_path / "sm_90a/manifest.json").read_text())
-    assert manifest["kernels"] == ["nvfp4_experts_sm90_route", name] and manifest["architecture"] == "sm_90a"
+    assert (
+        manifest["kernels"] == ["nvfp4_experts_sm90_route_8", name] and manifest["architecture"] == "sm_90a"
+    )
     libraries = [f"{kernel}.so" for kernel in manifest["kernels"]]
     assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", *libraries]
     monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
     monkeypatch.setenv(compiled.FORBID_JIT, "1")
     assert callable(compiled.compiled(name, lambda: pytest.fail("compiled although it is there")))
-    assert callable(experts.load("nvfp4_experts_sm90_route"))
+    assert callable(experts.load("nvfp4_experts_sm90_route_8"))
 
 
 def test_forbidden_compilation_names_the_kernel(monkeypatch, tmp_path):
@@ -140,6 +144,11 @@ def test_shipped_configurations_are_legal(config):
         Wide(split_k=2, persistent=True),
         Wide(tokens=256, stages=8),
         Wide(ctas_per_sm=3),
+        Wide(tokens=128, tail=64),
+        Wide(tokens=128, blocks=2, persistent=True, tail=64),
+        Wide(tokens=192, persistent=True, tail=128),
+        Wide(tokens=128, persistent=True, tail=128),
+        Wide(tokens=96, persistent=True, tail=48),
     ],
     ids=str,
 )

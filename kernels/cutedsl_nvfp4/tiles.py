@@ -98,10 +98,16 @@ class Wide:
     lag: int = 0  # stages a warpgroup starts a tile behind the one before it: one stores, another multiplies
     bulk: bool = False  # two-byte results leave shared memory by TMA
     signal: bool = False  # as Narrow's
+    tail: int = 0  # tokens of the parts into which tiles of the last, incomplete wave are cut; 0: not cut
 
     @property
     def rows(self) -> int:
         return PANEL_ROWS * self.panels
+
+    @property
+    def box(self) -> int:
+        """Tokens of a TMA load."""
+        return self.tail or self.tokens
 
     @property
     def stage_weight_bytes(self) -> int:
@@ -144,7 +150,8 @@ class Wide:
     @property
     def fits_experts(self) -> bool:
         """Whether the experts' kernels know every feature of this tile."""
-        plain = self.split_k == self.multicast == 1 and not (self.lag or self.bulk or self.signal)
+        plain = self.split_k == self.multicast == 1
+        plain = plain and not (self.lag or self.bulk or self.signal or self.tail)
         return plain and self.panels != 3 and self.tokens % 32 == 0
 
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
@@ -169,6 +176,11 @@ class Wide:
             raise ValueError(f"{self}: only warpgroups of a persistent tile lag, by less than its stages")
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
             raise ValueError(f"{self}: multicast must be 1 or 2")
+        if self.tail:
+            if not self.persistent or self.blocks > 1:
+                raise ValueError(f"{self}: only persistent tiles with one k block a stage have a tail")
+            if self.tail % 32 or not 0 < self.tail < self.tokens or self.tokens % self.tail:
+                raise ValueError(f"{self}: a tail is a multiple of 32 that divides the tile's tokens")
         _check_shared(self)
 
 
@@ -256,6 +268,7 @@ def ungrouped(config: Wide) -> Wide:
         persistent=config.persistent and even,
         lag=0,
         bulk=False,
+        tail=0,
     )
 
 

@@ -5,7 +5,7 @@ import torch
 
 from cutedsl_nvfp4.format import pack_codes
 from cutedsl_nvfp4.reference import dequantize
-from cutedsl_nvfp4.sm90.experts import run
+from cutedsl_nvfp4.sm90.experts import ROUTE_CTAS, kernel_name, load, run
 from cutedsl_nvfp4.sm90.layout import interleave_gate_up, pack_experts, pack_linear
 from cutedsl_nvfp4.tiles import ExpertTiles, Narrow, Wide
 
@@ -170,7 +170,7 @@ def test_clamp(config, limit):
 def test_uneven_routing(config):
     """Empty experts, one with everything, and pairs nobody computes."""
     problem = Problem(16, 256, 128, seed=4)
-    for m in (1, 9, 300):
+    for m in (1, 9, 300, 1500):
         x = problem.tokens(m)
         weights, ids = problem.route(m, 4)
         problem.check(x, weights, torch.full_like(ids, 11), config=config)
@@ -180,6 +180,40 @@ def test_uneven_routing(config):
         problem.check(x, weights, ids, config=config)
         nothing = problem.run(x, weights, torch.full_like(ids, -1), config=config)
         assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+@pytest.mark.parametrize("ctas", ROUTE_CTAS)
+@pytest.mark.parametrize("pairs", [1, 5, 777, 6000, 98304])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_route(ctas, pairs, mapped):
+    """Every pair of a local expert has one slot, slots are grouped by expert, tiles cover them."""
+    experts, tokens, generator = 48, 96, torch.Generator("cuda").manual_seed(pairs)
+    expert_map = torch.full((384,), -1, dtype=torch.int32, device="cuda")
+    expert_map[torch.randperm(384, device="cuda", generator=generator)[:experts]] = torch.arange(
+        experts, dtype=torch.int32, device="cuda"
+    )
+    ids = torch.randint(-2, 400, (pairs,), dtype=torch.int32, device="cuda", generator=generator)
+    ids[torch.rand(pairs, device="cuda", generator=generator) < 0.3] = 17  # one that many tokens take
+    known = (ids >= 0) & (ids < (384 if mapped else experts))
+    local = torch.where(known, expert_map[ids.clamp(0, 383).long()] if mapped else ids, -1)
+    slots = torch.full((pairs,), -9, dtype=torch.int32, device="cuda")
+    table = torch.full((1 + pairs // tokens + experts, 4), -9, dtype=torch.int32, device="cuda")
+    load(kernel_name("route", ctas))(ids, expert_map, slots, table, int(mapped), experts, tokens)
+    tiles, used = table[0, :2].tolist()
+    counts = torch.bincount(local[local >= 0], minlength=experts)
+    assert used == counts.sum() and tiles == (-(-counts // tokens)).sum()
+    pair = slots[:used].long()
+    assert torch.equal(pair.sort().values, (local >= 0).nonzero()[:, 0])
+    assert torch.equal(
+        local[pair], torch.arange(experts, dtype=torch.int32, device="cuda").repeat_interleave(counts)
+    )
+    assert bool((slots[used:] == -9).all()) and bool((table[1 + tiles :] == -9).all())
+    expert, first, size = table[1 : 1 + tiles, :3].long().unbind(1)
+    starts = counts.cumsum(0) - counts
+    place = torch.cat([torch.arange(-(-n // tokens), device="cuda") for n in counts.tolist()])
+    assert torch.equal(expert, torch.arange(experts, device="cuda").repeat_interleave(-(-counts // tokens)))
+    assert torch.equal(first, starts[expert] + place * tokens)
+    assert torch.equal(size, (counts[expert] - place * tokens).clamp(max=tokens))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

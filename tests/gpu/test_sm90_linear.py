@@ -29,6 +29,9 @@ WIDE = [
     Wide(2, 96, 2, 4, 8, signal=True),
     Wide(2, 256, 1, 5, persistent=True, lag=2, bulk=True),
     Wide(3, 192, 1, 6, persistent=True, multicast=2, lag=1, bulk=True),
+    Wide(2, 256, 1, 5, persistent=True, tail=128),
+    Wide(2, 256, 1, 5, persistent=True, lag=1, bulk=True, tail=64),
+    Wide(2, 256, 1, 5, persistent=True, multicast=2, tail=128),
 ]
 CONFIGS = NARROW + WIDE
 
@@ -93,6 +96,16 @@ def poison():
 @pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 63, 65, 130, 300])
 def test_matches_float64(config, m):
     problem = Problem(n=384, k=1536, seed=m)
+    x = problem.tokens(m)
+    check(problem.run(x, config=config), problem.exact(x))
+
+
+@pytest.mark.parametrize("config", [c for c in WIDE if c.persistent], ids=str)
+@pytest.mark.parametrize("k", [128, 1536])
+@pytest.mark.parametrize("m", [500, 700, 1000])
+def test_more_tiles_than_ctas(config, k, m):
+    """Several tiles a CTA; with `tail` the last wave of 500 and 700 tokens is cut into parts, that of 1000 is not."""
+    problem = Problem(n=12544, k=k, seed=m)
     x = problem.tokens(m)
     check(problem.run(x, config=config), problem.exact(x))
 

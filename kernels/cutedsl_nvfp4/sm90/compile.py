@@ -89,7 +89,7 @@ def _vector(element, length) -> object:
     return make_fake_compact_tensor(element, (length,), assumed_align=4)
 
 
-def compile_route(options: str = "") -> Callable:
+def compile_route(ctas: int, options: str = "") -> Callable:
     """f(ids [M * T], expert map, pairs, table, whether there is a map, local experts, tokens of a tile)."""
     pairs, known, entries = (cute.sym_int() for _ in range(3))
     table = make_fake_compact_tensor(cutlass.Int32, (entries, 4), stride_order=(1, 0), assumed_align=16)
@@ -97,7 +97,7 @@ def compile_route(options: str = "") -> Callable:
     numbers = (cutlass.Int32(1),) * 3
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     arguments = (ids, _vector(cutlass.Int32, known), pair_of_slot, table, *numbers, stream)
-    return compile_kernel(Route(), *arguments, arch=ARCH, options=options)
+    return compile_kernel(Route(ctas), *arguments, arch=ARCH, options=options)
 
 
 def compile_combine(topk: int, out_dtype: torch.dtype, options: str = "") -> Callable:

@@ -24,6 +24,8 @@ from .linear import TYPE_NAMES
 
 MAX_EXPERTS = 1024  # local ones (routing.py)
 TOPKS = (6, 8)  # compiled ahead of time
+ROUTE_CTAS = (1, 8)
+ROUTED_BY_ONE = 4096  # pairs up to which one CTA is as fast as a cluster
 
 
 def _check_shapes(x, w13, w2, topk_weights, topk_ids, expert_map, hidden, intermediate, out_dtype) -> None:
@@ -126,7 +128,9 @@ def run(
     h = scratch(pairs, intermediate, dtype=torch.bfloat16)
     y = scratch(pairs, hidden, dtype=torch.bfloat16)
     local = (int(expert_map is not None), experts)
-    _kernel("route")(ids, known, pair_of_slot, table, *local, config.tokens)
+    _kernel("route", ROUTE_CTAS[pairs > ROUTED_BY_ONE])(
+        ids, known, pair_of_slot, table, *local, config.tokens
+    )
     limit = math.inf if swiglu_limit is None else swiglu_limit
     for tiles, activated, source, operands, target in (
         (config.w13, True, x, w13, h),
@@ -140,7 +144,7 @@ def run(
 
 def shipped_kernels() -> dict[str, tuple]:
     """{name: arguments of `build`} of every kernel a served model's `run` can ask for."""
-    kernels = [("route",)]
+    kernels = [("route", ctas) for ctas in ROUTE_CTAS]
     kernels += [("product", config, activated) for config, activated in shipped_experts()]
     kernels += [("combine", topk, dtype) for topk in TOPKS for dtype in (torch.bfloat16, torch.float32)]
     return {kernel_name(*kernel): kernel for kernel in kernels}
@@ -159,7 +163,7 @@ def tiles_name(tiles: ExpertTiles) -> str:
 def load_tiles(tiles: ExpertTiles, topk: int, out_dtype: torch.dtype) -> None:
     """Compile or load now every kernel that `run` needs with `tiles`."""
     for kernel in (
-        ("route",),
+        *(("route", ctas) for ctas in ROUTE_CTAS),
         ("product", tiles.w13, True),
         ("product", tiles.w2, False),
         ("combine", topk, out_dtype),
@@ -183,11 +187,11 @@ def kernel_name(kind: str, *arguments) -> str:
     if kind == "combine":
         topk, dtype = arguments
         return f"nvfp4_experts_sm90_combine_{topk}_{TYPE_NAMES[dtype]}"
-    return f"nvfp4_experts_sm90_{kind}"
+    return f"nvfp4_experts_sm90_{kind}_{arguments[0]}"
 
 
 def build(kind: str, *arguments, options: str = "") -> Callable:
-    """Compile "route", "product" (configuration, whether w13) or "combine" (top-k, result type)."""
+    """Compile "route" (CTAs), "product" (configuration, whether w13) or "combine" (top-k, result type)."""
     from . import compile as compiler  # needs CuTe DSL, which ahead-of-time kernels do not
 
     compile_kind = {

@@ -120,6 +120,13 @@ def store_in_cluster(address: Int32, values, *, loc=None, ip=None):
 
 
 @dsl_user_op
+def store_word_in_cluster(address: Int32, value: Int32, *, loc=None, ip=None):
+    """One int32 to an address from `address_in_cluster`; visible after a cluster barrier."""
+    operands = [v.ir_value(loc=loc, ip=ip) for v in (address, value)]
+    _asm(None, operands, "st.shared::cluster.u32 [$0], $1;", "r,r,~{memory}", loc, ip, volatile=True)
+
+
+@dsl_user_op
 def signal_in_cluster(address: Int32, values, barrier: Int32, *, loc=None, ip=None):
     """store_in_cluster without a cluster barrier: `barrier`, in the same CTA, counts the bytes once they are there."""
     n = len(values)

@@ -17,6 +17,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 
+from .fragments import address_in_cluster, smem_address, store_word_in_cluster
+
 MAX_EXPERTS = 1024  # local ones: one thread of Route each
 ROUTE_THREADS = 1024
 COMBINE_THREADS = 256
@@ -39,7 +41,13 @@ def local_expert(mIds: cute.Tensor, mMap: cute.Tensor, pair: Int32, has_map: Int
 
 
 class Route:
-    """One CTA: count, scan, scatter."""
+    """Count, scan, scatter: by one CTA, or by a cluster of `ctas` whose members take consecutive pairs.
+
+    Each member of a cluster tells all others its counts, and every one scans the sums.
+    """
+
+    def __init__(self, ctas: int = 1):
+        self.ctas = ctas
 
     @cute.jit
     def __call__(
@@ -71,11 +79,16 @@ class Route:
         @cute.struct
         class Shared:
             counts: cute.struct.MemRange[Int32, MAX_EXPERTS]
+            told: cute.struct.MemRange[Int32, MAX_EXPERTS * self.ctas if self.ctas > 1 else 1]
             sums: cute.struct.MemRange[Int32, 64]
 
         self.shared = Shared
         self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens).launch(
-            grid=(1, 1, 1), block=(ROUTE_THREADS, 1, 1), stream=stream, use_pdl=True
+            grid=(self.ctas, 1, 1),
+            block=(ROUTE_THREADS, 1, 1),
+            cluster=(self.ctas, 1, 1),
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -99,18 +112,37 @@ class Route:
         sCounts = storage.counts.get_tensor(cute.make_layout(MAX_EXPERTS))
         sSums = storage.sums.get_tensor(cute.make_layout(64))
         pairs = mIds.shape[0]
+        rank, _, _ = cute.arch.block_idx()
+        first_pair, last_pair = rank * pairs // self.ctas, (rank + 1) * pairs // self.ctas
 
         sCounts[thread] = Int32(0)
+        if cutlass.const_expr(self.ctas > 1):
+            cute.arch.cluster_arrive_relaxed()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
-        for pair in cutlass.range(thread, pairs, ROUTE_THREADS, unroll=4):
+        for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
             expert = local_expert(mIds, mMap, pair, has_map, experts)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
         cute.arch.sync_threads()
 
-        # Inclusive sums over experts of slots and of tiles: within warps, then over warps.
         count = sCounts[thread]
+        before = Int32(0)  # pairs of this thread's expert in members of lower rank
+        if cutlass.const_expr(self.ctas > 1):
+            sTold = storage.told.get_tensor(cute.make_layout((MAX_EXPERTS, self.ctas)))
+            own = smem_address(storage.told.data_ptr()) + (rank * MAX_EXPERTS + thread) * 4
+            cute.arch.cluster_wait()  # every member is there
+            for member in cutlass.range_constexpr(self.ctas):
+                store_word_in_cluster(address_in_cluster(own, Int32(member)), count)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+            count = Int32(0)
+            for member in cutlass.range_constexpr(self.ctas):
+                if member < rank:
+                    before += sTold[thread, member]
+                count += sTold[thread, member]
+
+        # Inclusive sums over experts of slots and of tiles: within warps, then over warps.
         tiles = cute.ceil_div(count, tokens)
         slots_sum, tiles_sum = count, tiles
         for i in cutlass.range_constexpr(5):
@@ -130,13 +162,13 @@ class Route:
         first = slots_sum - count
         if cutlass.const_expr(mPlaces is not None):
             first = (tiles_sum - tiles) * tokens
-        sCounts[thread] = first
-        if thread == ROUTE_THREADS - 1:
+        sCounts[thread] = first + before
+        if thread == ROUTE_THREADS - 1 and rank == 0:
             mTable[0, 0] = tiles_sum
             mTable[0, 1] = slots_sum
         cute.arch.sync_threads()
 
-        for pair in cutlass.range(thread, pairs, ROUTE_THREADS, unroll=4):
+        for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
             expert = local_expert(mIds, mMap, pair, has_map, experts)
             if expert >= 0:
                 slot = cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
@@ -147,7 +179,7 @@ class Route:
                 if cutlass.const_expr(mPlaces is not None):
                     mPlaces[pair] = Int32(-1)
         row = 1 + tiles_sum - tiles
-        for i in cutlass.range(tiles, unroll=1):
+        for i in cutlass.range(rank, tiles, self.ctas, unroll=1):
             mTable[row + i, 0] = thread
             mTable[row + i, 1] = first + i * tokens
             mTable[row + i, 2] = cutlass.min(tokens, count - i * tokens)

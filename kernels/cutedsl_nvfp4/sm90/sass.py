@@ -17,7 +17,9 @@ def problems(cubin: Path, config: Config | None, experts: bool = False) -> list[
     if config is None:
         return wrong
     narrow = isinstance(config, Narrow)
-    loops = len(expert_widths(config)) if experts and not narrow else 1
+    loops = 1
+    if not narrow:
+        loops = len(expert_widths(config)) if experts else 1 + bool(config.tail)
     panels = max(1, config.panels // 2) if experts and not narrow else 1  # of a warpgroup
     instruction = r"\bHMMA\.16816\.F32\.BF16\b" if narrow else r"\bHGMMA\.64x\d+x16\.F32\.BF16\b"
     expected = 4 * config.blocks * (config.tokens // 8 if narrow else loops * panels)

@@ -26,7 +26,8 @@ Tiles
     once, by CTAs that run together. `persistent` walks tiles with the grid's stride, so that the producer
     fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead. With
     `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide;
-    with `bulk` TMA stores the results and the warpgroup goes on.
+    with `bulk` TMA stores the results and the warpgroup goes on. With `tail` the tiles that fill no whole wave
+    are cut into parts of so many tokens, where that gives every CTA less than a tile.
 Reduction
     `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
@@ -71,7 +72,7 @@ class WideLinear:
         if (
             config.persistent
             and not (config.bulk and aligned_rows)
-            and config.tokens // config.output_tokens % 2
+            and (config.tokens // config.output_tokens % 2 or config.tail // config.output_tokens % 2)
         ):
             # the next tile's first piece would use the buffer that this tile's last one may still be read from
             raise ValueError(
@@ -111,8 +112,8 @@ class WideLinear:
         x_atom, tX = cpasync.make_tiled_tma_atom(
             share,
             tokens_view(mX, k),
-            cute.slice_(x_layout, (None, None, 0)),
-            (tokens, stage_k),
+            cute.slice_(cute.tile_to_shape(atom, (c.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
+            (c.box, stage_k),
             num_multicast=c.multicast,
         )
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
@@ -126,16 +127,6 @@ class WideLinear:
             block_view(mScales, SCALE_WORDS),
             cute.slice_(scale_layout, (None, None, None, 0)),
             (SCALE_WORDS, c.blocks, c.panels),
-        )
-        tiled_mma = hopper.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (c.panels, 1, 1),
-            (PANEL_ROWS, tokens),
-            warpgroup.OperandSource.RMEM,
         )
         bulk = cutlass.const_expr(c.bulk and self.aligned_rows and mOut.element_type.width == 16)
         out_atom, tOut, out_layout = None, None, None
@@ -165,10 +156,16 @@ class WideLinear:
         row_tiles = cute.round_up(cute.ceil_div(panels, c.panels), c.multicast)
         tiles = token_tiles * row_tiles
         ctas = tiles * c.split_k
+        whole, items = tiles, tiles  # the first `whole` items are tiles, the others parts of tiles
         if cutlass.const_expr(c.persistent):
-            ctas = cutlass.min(tiles, max_ctas)
+            if cutlass.const_expr(c.tail > 0):
+                parts = cutlass.const_expr(c.tokens // c.tail)
+                rest = tiles % max_ctas
+                if rest * parts <= (parts - 1) * max_ctas:
+                    whole = tiles - rest
+                    items = whole + rest * parts
+            ctas = cutlass.min(items, max_ctas)
         self.kernel(
-            tiled_mma,
             x_atom,
             tX,
             code_atom,
@@ -183,6 +180,8 @@ class WideLinear:
             token_group,
             token_tiles,
             row_tiles,
+            whole,
+            items,
             x_layout,
             code_layout,
             scale_layout,
@@ -202,7 +201,6 @@ class WideLinear:
     @cute.kernel
     def kernel(
         self,
-        tiled_mma: cute.TiledMma,
         x_atom: cute.CopyAtom,
         tX: cute.Tensor,
         code_atom: cute.CopyAtom,
@@ -217,6 +215,8 @@ class WideLinear:
         token_group: Int32,
         token_tiles: Int32,
         row_tiles: Int32,
+        whole: Int32,
+        items: Int32,
         x_layout: cute.ComposedLayout,
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
@@ -269,29 +269,30 @@ class WideLinear:
             steps_total = count
             first = rank * steps_total // c.split_k
             count = (rank + 1) * steps_total // c.split_k - first
-        tiles = token_tiles * row_tiles
+        grid = (token_group, token_tiles, row_tiles)
 
         if warp >= consumer_warps:
             if cutlass.const_expr(c.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                gX = cute.local_tile(tX, (c.tokens, stage_k), (None, None, None))
+                gX = cute.local_tile(tX, (c.box, stage_k), (None, None, None))
+                sBoxes = cute.local_tile(sX, (c.box, stage_k), (None, 0, None))
                 gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None))
                 gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None))
                 member = rank if c.multicast > 1 else 0
-                tXs, tXg = partition_loads(x_atom, sX, gX, 2, member, c.multicast)
+                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, c.multicast)
                 tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
 
                 # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
                 groups = tX.shape[2]
                 # Weights first, then tokens once the previous kernel's results are visible.
-                token_tile, row_tile = self.tile(bid // c.split_k, token_group, token_tiles, row_tiles)
+                box, row_tile, boxes = self.item(bid // c.split_k, whole, *grid)
                 group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
                         at = first + stage
                         cute.copy(
                             code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
@@ -304,20 +305,20 @@ class WideLinear:
                     if stage < count:
                         at = first + stage
                         self.load_tokens(
-                            x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage
+                            x_atom, tXg[None, None, at, group], tXs, box, boxes, Int32(stage), full + stage
                         )
                 stage = cutlass.min(count, stages) % stages
                 phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
                 if count < stages:
                     phase = Int32(1)  # and the rest of the ring is free
                 step = cutlass.min(count, stages)
-                for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
-                    token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+                for item in cutlass.range(bid // c.split_k, items, ctas, unroll=1):
+                    box, row_tile, boxes = self.item(item, whole, *grid)
                     group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
                     for at in cutlass.range(first + step, first + count, unroll=1):
                         cute.arch.mbarrier_wait(empty + stage, phase)
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
                         cute.copy(
                             code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
                         )
@@ -325,7 +326,7 @@ class WideLinear:
                             scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
                         )
                         self.load_tokens(
-                            x_atom, tXg[None, token_tile, at, group], tXs[None, stage], full + stage
+                            x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
                         )
                         stage += 1
                         if stage == stages:
@@ -340,44 +341,19 @@ class WideLinear:
         else:
             if cutlass.const_expr(c.panels > 1):
                 cute.arch.setmaxregister_increase(c.consumer_registers)
-            panel = thread // 128
             stage = Int32(0)
             phase = Int32(0)
-            for tile in cutlass.range(bid // c.split_k, tiles, ctas, unroll=1):
-                token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
-                if cutlass.const_expr(c.split_k > 1):
-                    row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
-                else:
-                    row_scales = self.load_row_scales(row_tile, thread, mRowScale)
-                acc, stage, phase = self.accumulate(
-                    tiled_mma,
-                    thread,
-                    panel,
-                    count,
-                    stage,
-                    phase,
-                    full,
-                    empty,
-                    sX,
-                    sCodes,
-                    sScales,
-                    scale_bias,
-                )
-                if cutlass.const_expr(c.split_k > 1):  # one tile
-                    self.send_partials(acc, thread, rank, storage, smem_address(reduced))
-                    if cutlass.const_expr(c.signal):
-                        cute.arch.mbarrier_wait(reduced, 0)
-                    else:
-                        cute.arch.cluster_arrive()
-                        cute.arch.cluster_wait()
-                    self.reduce_partials(thread, rank, row_tile, token_tile, storage, row_scales, mBias, mOut)
-                elif cutlass.const_expr(out_atom is not None):
-                    results = (out_atom, tOut, out_layout)
-                    self.store_tile_bulk(
-                        acc, thread, row_tile, token_tile, storage, row_scales, mBias, mOut.shape[1], results
-                    )
-                else:
-                    self.store_tile(acc, thread, row_tile, token_tile, storage, row_scales, mBias, mOut)
+            pipeline = (full, empty, sX, sCodes, sScales, scale_bias)
+            results = (out_atom, tOut, out_layout)
+            for tile in cutlass.range(bid // c.split_k, whole, ctas, unroll=1):
+                box, row_tile, _ = self.item(tile, whole, *grid)
+                place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                stage, phase = self.compute(c.tokens, thread, count, stage, phase, pipeline, place, results)
+            if cutlass.const_expr(c.tail > 0):
+                for part in cutlass.range(whole + bid, items, ctas, unroll=1):
+                    box, row_tile, _ = self.item(part, whole, *grid)
+                    place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                    stage, phase = self.compute(c.tail, thread, count, stage, phase, pipeline, place, results)
             if cutlass.const_expr(out_atom is not None):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
             if cutlass.const_expr(c.multicast > 1):
@@ -397,6 +373,32 @@ class WideLinear:
         return group * token_group + inside % width, row_tile
 
     @cute.jit
+    def item(self, index: Int32, whole: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+        """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
+        c = self.config
+        if cutlass.const_expr(c.tail == 0):
+            box, row_tile = self.tile(index, token_group, token_tiles, row_tiles)
+            boxes = Int32(1)
+        else:
+            parts = cutlass.const_expr(c.tokens // c.tail)
+            tile, part, boxes = index, Int32(0), Int32(parts)
+            if index >= whole:
+                pair = (index - whole) // c.multicast
+                tile = whole + pair // parts * c.multicast + index % c.multicast
+                part = pair % parts
+                boxes = Int32(1)
+            token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+            box = token_tile * parts + part
+        return box, row_tile, boxes
+
+    def load_bytes(self, boxes: Int32):
+        """Bytes of a stage that holds this many boxes of tokens."""
+        c = self.config
+        if c.tail == 0:
+            return c.stage_bytes
+        return c.stage_weight_bytes + boxes * (c.box * c.blocks * BLOCK_K * 2)
+
+    @cute.jit
     def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
         """The scales of a consumer thread's rows r and r + 8."""
         scales = cute.make_rmem_tensor(2, Float32)
@@ -407,8 +409,24 @@ class WideLinear:
 
     @cute.jit
     def load_tokens(
-        self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer
+        self,
+        atom: cute.CopyAtom,
+        source: cute.Tensor,  # [box, token boxes]
+        target: cute.Tensor,  # [box, boxes of a tile, stages]
+        first: Int32,
+        boxes: Int32,
+        stage: Int32,
+        barrier: cute.Pointer,
     ):
+        for b in cutlass.range_constexpr(self.config.tokens // self.config.box):
+            if cutlass.const_expr(b == 0):
+                self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
+            else:
+                if b < boxes:
+                    self.load_box(atom, source[None, first + b], target[None, b, stage], barrier)
+
+    @cute.jit
+    def load_box(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
         if cutlass.const_expr(self.config.multicast > 1):
             mask = cutlass.Int16((1 << self.config.multicast) - 1)
             cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
@@ -426,11 +444,48 @@ class WideLinear:
                 cute.arch.mbarrier_arrive(empty + stage)
 
     @cute.jit
+    def compute(
+        self,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        pipeline: tuple,
+        place: tuple,
+        results: tuple,
+    ):
+        """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
+        c = self.config
+        first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
+        if cutlass.const_expr(c.split_k > 1):
+            row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
+        else:
+            row_scales = self.load_row_scales(row_tile, thread, mRowScale)
+        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, *pipeline)
+        target = (row_tile, first_token, storage, row_scales, mBias)
+        if cutlass.const_expr(c.split_k > 1):  # one tile
+            reduced = (
+                storage.empty.data_ptr() + c.stages
+            )  # with `signal`: this CTA's partial sums are complete
+            self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+            if cutlass.const_expr(c.signal):
+                cute.arch.mbarrier_wait(reduced, 0)
+            else:
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
+            self.reduce_partials(thread, rank, *target, mOut)
+        elif cutlass.const_expr(results[0] is not None):
+            self.store_tile_bulk(acc, tokens, thread, *target, mOut.shape[1], results)
+        else:
+            self.store_tile(acc, tokens, thread, *target, mOut)
+        return stage, phase
+
+    @cute.jit
     def accumulate(
         self,
-        tiled_mma: cute.TiledMma,
+        tokens: cutlass.Constexpr[int],
         thread: Int32,
-        panel: Int32,
         count: Int32,
         stage: Int32,
         phase: Int32,
@@ -443,15 +498,27 @@ class WideLinear:
     ):
         """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
         c = self.config
+        panel = thread // 128
         lane = thread % 32
         row_warp = (thread % 128) // 32
+        tiled_mma = hopper.make_trivial_tiled_mma(
+            BFloat16,
+            BFloat16,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (c.panels, 1, 1),
+            (PANEL_ROWS, tokens),
+            warpgroup.OperandSource.RMEM,
+        )
         thr_mma = tiled_mma.get_slice(thread)
-        tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sX))
+        sFirst = cute.local_tile(sX, (tokens, c.blocks * BLOCK_K, c.stages), (0, 0, 0))
+        tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
         if cutlass.const_expr(c.lag > 0):
             self.follow(panel, count)
         weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
-        acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, c.tokens)), Float32)
+        acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, tokens)), Float32)
         acc.fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         panel_codes = c.blocks * BLOCK_CODE_BYTES
@@ -533,9 +600,10 @@ class WideLinear:
     def store_tile(
         self,
         acc: cute.Tensor,
+        tokens: cutlass.Constexpr[int],
         thread: Int32,
         row_tile: Int32,
-        token_tile: Int32,
+        first_token: Int32,
         storage,
         row_scales: cute.Tensor,
         mBias: cute.Tensor,
@@ -569,7 +637,7 @@ class WideLinear:
         per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
         elements = cutlass.const_expr(128 // mOut.element_type.width)
         rows_per_pass = cutlass.const_expr(128 // per_row)
-        for e in cutlass.range_constexpr(c.tokens // chunk):
+        for e in cutlass.range_constexpr(tokens // chunk):
             half_buffer = buffer + (e % 2) * (panel_bytes // 2)
             for t in cutlass.range_constexpr(chunk // 8):
                 v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
@@ -590,7 +658,7 @@ class WideLinear:
             self.meet(panel)
             for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
                 token = inside // per_row + j * rows_per_pass
-                m = token_tile * c.tokens + e * chunk + token
+                m = first_token + e * chunk + token
                 n = first_n + inside % per_row * elements
                 if m < mOut.shape[0] and token < chunk:
                     words = load_words(half_buffer + token * pitch + inside % per_row * 16, 4)
@@ -612,9 +680,10 @@ class WideLinear:
     def store_tile_bulk(
         self,
         acc: cute.Tensor,
+        tokens: cutlass.Constexpr[int],
         thread: Int32,
         row_tile: Int32,
-        token_tile: Int32,
+        first_token: Int32,
         storage,
         row_scales: cute.Tensor,
         mBias: cute.Tensor,
@@ -653,7 +722,7 @@ class WideLinear:
         if sends:
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # of the tile before
         self.meet(panel)
-        for e in cutlass.range_constexpr(c.tokens // chunk):
+        for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
             for t in cutlass.range_constexpr(chunk // 8):
                 v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
@@ -670,7 +739,7 @@ class WideLinear:
                 cute.arch.cp_async_bulk_wait_group(1, read=True)
             self.meet(panel)
             if sends:
-                piece = (token_tile * (c.tokens // chunk) + e, row_tile * c.panels + panel)
+                piece = (first_token // chunk + e, row_tile * c.panels + panel)
                 cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
                 cute.arch.cp_async_bulk_commit_group()
 
@@ -710,7 +779,7 @@ class WideLinear:
         thread: Int32,
         rank: Int32,
         row_tile: Int32,
-        token_tile: Int32,
+        first_token: Int32,
         storage,
         row_scales: cute.Tensor,
         mBias: cute.Tensor,
@@ -735,7 +804,7 @@ class WideLinear:
         for i in cutlass.range_constexpr(-(-slices // 2)):
             s = thread // lines + 2 * i
             t = s * c.split_k + rank
-            m = token_tile * c.tokens + t * 8 + line // 4 % 4 * 2 + line % 2
+            m = first_token + t * 8 + line // 4 % 4 * 2 + line % 2
             if s < slices and t < c.tokens // 8 and m < mOut.shape[0]:
                 total = [Float32(0.0) for _ in range(8)]
                 for source in cutlass.range_constexpr(c.split_k):
