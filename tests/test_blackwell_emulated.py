@@ -13,7 +13,7 @@ from dataclasses import replace
 import nvidia_examples
 import pytest
 import torch
-from gpu_emulator.blackwell import Device, on_device
+from gpu_emulator.device import Device, on_device
 from gpu_emulator.host import EmulatedKernel
 from gpu_emulator.ptx import Fault, Instruction
 from planted import planted

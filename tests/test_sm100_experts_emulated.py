@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu_emulator import blackwell
+from gpu_emulator import device
 from test_sm100_experts import SCALES, both, layer, routing
 
 from cutedsl_nvfp4.expert_tiles100 import shipped_expert_tiles
@@ -15,12 +15,12 @@ from cutedsl_nvfp4.expert_tiles100 import shipped_expert_tiles
 )
 def test_every_tile(monkeypatch, random_weight, tiles, policy):
     """Two tiles of slots, the second not full; ragged rows and K; work put off as long as the kernels allow."""
-    blackwell.Device(monkeypatch, 100, sms=2).lazy = frozenset({"tma", "mma", "store"})
+    device.Device(monkeypatch, 100, sms=2).lazy = frozenset({"tma", "mma", "store"})
     m, hidden, intermediate = tiles.tokens + 9, 336, 80
     x = torch.randn(m, hidden, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     operands = layer(random_weight, 1, hidden, intermediate)
     weights, ids = routing(m, 1, 1)
-    got, expected = both(operands, x, weights, ids, SCALES[policy], config=tiles, place=blackwell.on_device)
+    got, expected = both(operands, x, weights, ids, SCALES[policy], config=tiles, place=device.on_device)
     got = got.as_subclass(torch.Tensor)
     assert got.isfinite().all()
     assert (got - expected).norm() / expected.norm() < 4e-3

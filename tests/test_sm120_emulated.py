@@ -5,7 +5,7 @@ All tiles' addressing: test_sm120_layout.py; the tiles that layers choose: test_
 
 import pytest
 import torch
-from gpu_emulator import blackwell
+from gpu_emulator import device as emulated
 
 from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
@@ -13,13 +13,13 @@ from cutedsl_nvfp4.sm120 import experts, linear
 from cutedsl_nvfp4.support import Layout
 from cutedsl_nvfp4.tiles120 import general, shipped, shipped_expert_tiles
 
-on_device = blackwell.on_device
+on_device = emulated.on_device
 
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """Two SMs, so that a CTA takes several tiles; work put off as long as the kernels allow."""
-    blackwell.Device(monkeypatch, 120, sms=2).lazy = frozenset({"tma", "mma", "store"})
+    emulated.Device(monkeypatch, 120, sms=2).lazy = frozenset({"tma", "mma", "store"})
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,23 @@ def _multiply(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) ->
     warp.write(target, product.astype(unsigned(result_bits)), lanes)
 
 
+def _dp2a(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> None:
+    """c + a's two halves times two bytes of b: the low ones or the high ones."""
+    if instruction.suffixes[1:] != ("u32", "u32"):
+        raise Unsupported(instruction.text)
+    target, *sources = instruction.operands
+    a, b, c = (warp.lanes(source, 32).astype(np.uint64) for source in sources)
+    first = np.uint64(16 if "hi" in instruction.suffixes else 0)
+    total = c
+    for i in (np.uint64(0), np.uint64(1)):
+        half, byte = (
+            a >> np.uint64(16) * i & np.uint64(0xFFFF),
+            b >> first + np.uint64(8) * i & np.uint64(0xFF),
+        )
+        total = total + half * byte
+    warp.write(target, total.astype(np.uint32), lanes)
+
+
 def _rem(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> None:
     bits, kind = bits_of(instruction.suffixes), kind_of(instruction.suffixes)
     target, a, b = instruction.operands
@@ -503,7 +520,7 @@ EXECUTE: dict[str, Callable] = {
     **dict.fromkeys(("mul", "mad", "mul24"), _multiply),
     **dict.fromkeys(("shl", "shr"), _shift),
     **dict.fromkeys(("popc", "clz", "bfind", "brev"), _bits_counted),
-    "rem": _rem, "shf": _funnel, "mov": _mov, "setp": _setp, "selp": _selp, "lop3": _lop3, "prmt": _prmt,
+    "rem": _rem, "dp2a": _dp2a, "shf": _funnel, "mov": _mov, "setp": _setp, "selp": _selp, "lop3": _lop3, "prmt": _prmt,
     "bfe": _bfe, "bfi": _bfi, "cvt": _cvt, "shfl": _shfl, "elect": _elect, "vote": _vote, "redux": _redux,
     "activemask": _activemask, "cvta": lambda w, i, lanes: w.write(i.operands[0], w.read(i.operands[1], 64), lanes),
     **dict.fromkeys(("fence", "membar", "prefetch", "prefetchu", "setmaxnreg", "griddepcontrol", "discard"), _nothing),

@@ -94,6 +94,11 @@ def _store(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> No
     for lane in lanes_in(lanes):
         array, offset = _location(warp, space, int(addresses[lane]), size * count, instruction.text)
         array[offset : offset + size * count] = np.ascontiguousarray(values[lane]).view(np.uint8)
+        if "async" in suffixes:
+            barriers = address_of(warp, instruction.operands[2], 32)
+            told = warp.cta.mbarrier(int(barriers[lane]), instruction.text)
+            told.bytes -= size * count
+            told.settle()
 
 
 def _atomic(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import alu, instructions, tensor_memory
+from . import alu, instructions, tensor_memory, warpgroup
 from .memory import RANK_SHIFT, SHARED_START, HostMemory, Mbarrier
 from .ptx import LANES, Fault, Kernel, Unsupported, Warp
 
 BUDGET = 2000  # instructions of a warp before another has its turn
-EXECUTE = {**alu.EXECUTE, **instructions.EXECUTE, **tensor_memory.EXECUTE}
+EXECUTE = {**alu.EXECUTE, **instructions.EXECUTE, **tensor_memory.EXECUTE, **warpgroup.EXECUTE}
 
 
 @dataclass

@@ -254,6 +254,8 @@ class Warp:
         self.waiting: object = None  # a barrier this warp has arrived at
         self.bulk_groups: list[list[list]] = [[] for _ in range(LANES)]
         self.bulk_open: list[list] = [[] for _ in range(LANES)]
+        self.wgmma_groups: list[list] = []
+        self.wgmma_open: list = []
         self.instructions = 0
 
     @property

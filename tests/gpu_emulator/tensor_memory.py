@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import mma
+from . import mma, warpgroup
 from .instructions import address_of, arrive, one_value, read_one
 from .memory import RANK_SHIFT
 from .ptx import Fault, Instruction, Unsupported, Warp, inside
@@ -173,6 +173,9 @@ def _tmem_store(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) 
 def _mma_sync(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> None:
     warp.converged(lanes, instruction)
     suffixes, operands = instruction.suffixes, instruction.operands
+    if {"m16n8k16", "row", "col", "f32", "bf16"} == {*suffixes} - {"sync", "aligned"}:
+        warpgroup.mma_bf16(warp, instruction)
+        return
     wanted = {"m16n8k64", "kind::mxf4nvf4", "block_scale", "scale_vec::4X", "ue4m3"}
     if not wanted <= set(suffixes):
         raise Unsupported(instruction.text)

@@ -1,4 +1,4 @@
-"""The product's own entry points on an emulated Blackwell device: `run` of sm100/ and sm120/ on CPU memory."""
+"""The product's own entry points on an emulated device: `run` of sm90/, sm100/ and sm120/ on CPU memory."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +11,9 @@ from cutedsl_nvfp4 import support
 
 from .host import EmulatedKernel
 
-_MODULES = ("sm100.quantize", "sm100.linear", "sm100.experts", "sm120.linear", "sm120.experts")
+_MODULES = (
+    "sm90.linear", "sm90.experts", "sm100.quantize", "sm100.linear", "sm100.experts", "sm120.linear", "sm120.experts",
+)  # fmt: skip
 _KERNELS: dict[str, EmulatedKernel] = {}  # compiled once a process
 
 
@@ -61,6 +63,11 @@ class Device:
             ):
                 if hasattr(module, function):
                     monkeypatch.setattr(module, function, stand_in)
+
+    @staticmethod
+    def kernel(name: str) -> EmulatedKernel:
+        """A kernel that was launched before."""
+        return _KERNELS[name]
 
     def _compiled(self, name: str, build: Callable[[], Callable]) -> Callable:
         if name not in _KERNELS:
