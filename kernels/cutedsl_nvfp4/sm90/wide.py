@@ -64,6 +64,20 @@ PRODUCER_REGISTERS = 24
 SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
 
 
+def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
+    """wgmma of a panel a warpgroup, weights in registers, with `tokens` in shared memory."""
+    return hopper.make_trivial_tiled_mma(
+        BFloat16,
+        BFloat16,
+        OperandMajorMode.K,
+        OperandMajorMode.K,
+        Float32,
+        (warpgroups, 1, 1),
+        (PANEL_ROWS, tokens),
+        warpgroup.OperandSource.RMEM,
+    )
+
+
 class WideLinear:
     """One compiled kernel: a tile configuration, the presence of a bias, whether rows of out are 16-byte aligned."""
 
@@ -501,16 +515,7 @@ class WideLinear:
         panel = thread // 128
         lane = thread % 32
         row_warp = (thread % 128) // 32
-        tiled_mma = hopper.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (c.panels, 1, 1),
-            (PANEL_ROWS, tokens),
-            warpgroup.OperandSource.RMEM,
-        )
+        tiled_mma = panels_by_tokens(c.panels, tokens)
         thr_mma = tiled_mma.get_slice(thread)
         sFirst = cute.local_tile(sX, (tokens, c.blocks * BLOCK_K, c.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))

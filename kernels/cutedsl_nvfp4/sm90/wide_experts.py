@@ -17,9 +17,8 @@ Tiles
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide, expert_widths
 from .decode import EPILOGUE_SCALE
@@ -39,7 +38,7 @@ from .fragments import (
 )
 from .layout import CODE_WORDS, SCALE_WORDS
 from .narrow import TOKEN_ROW_BYTES
-from .wide import STEPS, SWIZZLE_ATOM, WideLinear
+from .wide import STEPS, SWIZZLE_ATOM, WideLinear, panels_by_tokens
 
 CHUNK = 32  # slots staged through shared memory at a time
 # (producer's, consumers') by CTAs an SM, where two warpgroups consume: within 3 x 168, within 3 x 80.
@@ -391,16 +390,7 @@ class WideExperts(WideLinear):
         row_warp = (thread % 128) // 32
         rows = PANEL_ROWS * self.warpgroups
         stage_k = c.blocks * BLOCK_K
-        tiled_mma = hopper.make_trivial_tiled_mma(
-            BFloat16,
-            BFloat16,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-            Float32,
-            (self.warpgroups, 1, 1),
-            (PANEL_ROWS, tokens),
-            warpgroup.OperandSource.RMEM,
-        )
+        tiled_mma = panels_by_tokens(self.warpgroups, tokens)
         thr_mma = tiled_mma.get_slice(thread)
         sFirst = cute.local_tile(sX, (tokens, stage_k, c.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
