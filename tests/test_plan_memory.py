@@ -22,7 +22,7 @@ from checkpoint import caches, model
 from checkpoint.budget import Request, budget_of, largest_that_auto_takes, longest_context
 from checkpoint.dialects import read_contents
 from checkpoint.folder import Folder, read_checkpoint
-from checkpoint.gpus import GPUS, parse_gpus
+from checkpoint.gpus import GIB, GPUS, parse_gpus
 from checkpoint.headers import CheckpointError
 from checkpoint.plan import load_model, main
 
@@ -142,7 +142,7 @@ def test_block_tables_are_as_wide_as_vllms(config):
 
 
 def test_auto_length_is_vllms():
-    request = Request(1048576, 8192, 1024, 0.9)
+    request = Request(1048576, 8192, 1024, 0.88)
     budget = budget_of(PRO, None, H200, model.Parallel(8), request)
     settings = vllm_config(1048576, request.in_flight)
     groups = kv_cache_utils.get_kv_cache_groups(settings, vllm_specs(PRO))
@@ -205,7 +205,7 @@ def test_impossible_cuts_are_refused(config, parallel, words):
 
 
 def test_longest_context_is_the_longest():
-    request = Request(1048576, 8192, 1024, 0.9)
+    request = Request(1048576, 8192, 1024, 0.88)
     longest = longest_context(PRO, None, H200, model.Parallel(8), request)
     assert 500_000 < longest < 1048576
     budgets = [
@@ -220,6 +220,27 @@ def test_budget_adds_up():
     budget = budget_of(PRO, None, H200, model.Parallel(8), Request(1048576, 8192, 1024, 0.9))
     used = sum(item.nbytes for item in (*budget.managed, *budget.unmanaged))
     assert used + budget.kv_bytes + budget.slack == H200.memory
+
+
+REPORTED = [  # layers, tensor parallel, expert parallel, utilization, max_model_len; GiB loaded and KV tokens by vLLM
+    (4, 1, False, 0.92, 1048576, 16.37, 72_800_369),
+    (12, 1, False, 0.92, 262144, 44.11, 5_425_187),
+    (43, 2, False, 0.9, 262144, 76.51, 865_830),
+    (43, 2, True, 0.9, 524288, 76.42, 1_609_018),
+]
+
+
+@pytest.mark.parametrize("layers, tp, ep, utilization, length, loaded, tokens", REPORTED)
+def test_predictions_hold_against_what_vllm_reported(layers, tp, ep, utilization, length, loaded, tokens):
+    """On H200s, of models of bench/random_checkpoint.py and bench/repeat_layers.py: docs/results/h200_serving.md."""
+    ratios = [0, 4, 128] + [(4, 128)[i % 2] for i in range(layers - 3)]
+    config = {**FLASH, "num_hidden_layers": layers, "compress_ratios": ratios, "num_hash_layers": layers}
+    request = Request(length, 16384, 64, utilization)
+    budget = budget_of(config, None, H200, model.Parallel(tp, 1, ep), request)
+    weights = sum(i.nbytes for i in budget.managed if i.name.startswith("weights") or i.name == "rotary tables")
+    assert weights / GIB == pytest.approx(loaded, rel=0.01)
+    predicted = budget.pool.capacity(budget.kv_bytes, length, request.in_flight)[2]
+    assert 0.95 * tokens < predicted < tokens
 
 
 @pytest.mark.parametrize("text", ["8xH200", "8 x h200", "8XH200", "8*H200"])
@@ -243,7 +264,7 @@ def test_every_gpu_has_a_verdict(capsys):
 def test_what_does_not_fit_is_refused_with_the_shortfall(capsys):
     assert main(["pro", "4xH200"]) == 1
     out = capsys.readouterr().out
-    assert "does not fit: one request of 1,048,576 tokens lacks 105" in out and "16 of these GPUs" in out
+    assert "does not fit: one request of 1,048,576 tokens lacks 103" in out and "8 of these GPUs" in out
 
 
 def test_flags_are_ready_to_paste(capsys):

@@ -24,6 +24,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
         w2=Wide(
             panels=4,
@@ -37,6 +38,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
     ),
     ExpertTiles(
@@ -52,6 +54,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
         w2=Wide(
             panels=4,
@@ -65,6 +68,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
     ),
     ExpertTiles(
@@ -84,6 +88,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
         w2=Wide(
             panels=4,
@@ -97,6 +102,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
     ),
     ExpertTiles(
@@ -112,10 +118,6 @@ TILES = (
         w2=Narrow(tokens=16, k_warps=2, blocks=2, stages=3, split_k=1, signal=False),
     ),
     ExpertTiles(
-        w13=Narrow(tokens=8, k_warps=2, blocks=2, stages=4, split_k=1, signal=False),
-        w2=Narrow(tokens=8, k_warps=2, blocks=2, stages=4, split_k=1, signal=False),
-    ),
-    ExpertTiles(
         w13=Wide(
             panels=4,
             tokens=64,
@@ -128,6 +130,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
         w2=Wide(
             panels=4,
@@ -141,7 +144,12 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
+    ),
+    ExpertTiles(
+        w13=Narrow(tokens=8, k_warps=2, blocks=2, stages=4, split_k=1, signal=False),
+        w2=Narrow(tokens=8, k_warps=2, blocks=2, stages=4, split_k=1, signal=False),
     ),
     ExpertTiles(
         w13=Narrow(tokens=8, k_warps=2, blocks=2, stages=4, split_k=4, signal=False),
@@ -164,6 +172,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
         w2=Wide(
             panels=4,
@@ -177,6 +186,7 @@ TILES = (
             lag=0,
             bulk=False,
             signal=False,
+            tail=0,
         ),
     ),
 )
@@ -184,19 +194,19 @@ TILES = (
 TABLE = {
     (48, 7168, 3072): (
         (0.01562, 11, 20.7),
-        (0.0625, 8, 46.2),
+        (0.0625, 9, 46.2),
         (0.125, 6, 73.5),
         (0.25, 3, 129.3),
         (0.5, 0, 203.4),
         (1.0, 3, 331.8),
-        (2.0, 8, 396.8),
-        (4.0, 3, 499.9),
+        (2.0, 9, 396.8),
+        (4.0, 3, 580.0),
         (8.0, 7, 538.4),
-        (16.0, 2, 613.6),
-        (32.0, 9, 734.4),
-        (64.0, 1, 1006.6),
+        (16.0, 2, 616.1),
+        (32.0, 8, 734.4),
+        (64.0, 1, 986.3),
         (128.0, 4, 1765.7),
-        (256.0, 1, 3191.1),
+        (256.0, 4, 2874.3),
         (512.0, 4, 5152.2),
         (2048.0, 4, 21750.0),
     ),
@@ -212,15 +222,15 @@ TABLE = {
         (384.0, 1, 2569.7),
     ),
     (256, 4096, 2048): (
-        (0.02344, 8, 33.5),
+        (0.02344, 9, 33.5),
         (0.09375, 6, 96.5),
         (0.375, 0, 290.3),
         (0.75, 0, 478.3),
         (1.5, 0, 717.4),
-        (6.0, 7, 1078.5),
-        (24.0, 9, 1259.8),
-        (96.0, 4, 2936.1),
-        (384.0, 4, 8974.4),
+        (6.0, 7, 1090.1),
+        (24.0, 8, 1290.3),
+        (96.0, 4, 2323.3),
+        (384.0, 4, 8579.8),
     ),
     (384, 7168, 384): (
         (0.01562, 10, 21.0),
@@ -228,10 +238,10 @@ TABLE = {
         (0.25, 3, 125.1),
         (0.5, 3, 216.8),
         (1.0, 3, 344.1),
-        (4.0, 3, 526.0),
-        (16.0, 12, 692.0),
-        (64.0, 1, 1126.2),
-        (256.0, 4, 3624.7),
+        (4.0, 3, 539.8),
+        (16.0, 12, 685.3),
+        (64.0, 1, 1098.9),
+        (256.0, 4, 3408.9),
     ),
     (384, 7168, 768): (
         (0.01562, 10, 31.6),

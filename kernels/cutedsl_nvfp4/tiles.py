@@ -324,6 +324,12 @@ class ExpertTiles(TilePair):
     w13: Config
     w2: Config
 
+    @property
+    def step(self) -> int:
+        """An expert's tiles have whole steps of slots, but for the last: what its widths differ by."""
+        several = isinstance(self.w13, Wide) and len(expert_widths(self.w13)) > 1
+        return _width_step(self.w13) if several else self.w13.tokens
+
     def check(self) -> None:
         """Raise ValueError for a configuration the kernels cannot run."""
         self.check_tokens()
@@ -338,12 +344,16 @@ class ExpertTiles(TilePair):
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
 
 
+def _width_step(config: Wide) -> int:
+    return 32 if config.tokens <= 128 else 64
+
+
 def expert_widths(config: Wide) -> tuple[int, ...]:
     """The numbers of tokens that an experts kernel multiplies: a tile with fewer slots takes the next of them.
 
     More than four, or more than one where two CTAs share an SM, take more registers than there are.
     """
-    step = 32 if config.tokens <= 128 else 64
+    step = _width_step(config)
     widths = tuple(range(step, config.tokens + 1, step))
     return widths[-4:] if config.ctas_per_sm == 1 else widths[-1:]
 

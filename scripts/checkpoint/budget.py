@@ -1,8 +1,9 @@
 """The memory budget of one GPU: weights, caches, workspaces and overheads, and the longest context that fits.
 
 vLLM takes `gpu_memory_utilization` of the GPU, subtracts what loading and a profile run used, and makes the KV cache
-of the rest; block tables and C128's index buffers come after that, out of the share it does not manage. What is
-computed from vLLM's code says where; what is an estimate is named `ESTIMATED_…` and marked so in the output.
+of the rest. It counts from after CUDA's context and NCCL's buffers exist (v1/worker/gpu_worker.py:506-537): these, and
+block tables and C128's index buffers, which come after the cache, lie in the share it does not manage. What is
+computed from vLLM's code says where; what is an estimate is marked so in the output.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ INDEXER_LOGITS = 512 * MIB  # VLLM_SPARSE_INDEXER_MAX_LOGITS_MB
 C128_ALIGNMENT = 128  # models/deepseek_v4/sparse_mla.py, _C128A_TOPK_ALIGNMENT
 CONCURRENT_BATCHES = 2  # asynchronous scheduling, config/vllm.py:577-587
 
-# Not derivable from code. vLLM prints the true numbers at start.
-ESTIMATED_CONTEXT = 1.0 * GIB  # CUDA context, cuBLAS and compiled kernels
-ESTIMATED_COLLECTIVES = 1.0 * GIB  # NCCL and custom all-reduce buffers, where there are several GPUs
-ESTIMATED_GRAPHS = 1.0 * GIB
+# Not derivable from code. vLLM prints the true numbers at start; docs/results/h200_serving.md has those of H200s.
+ESTIMATED_CONTEXT = 0.5 * GIB
+ESTIMATED_COLLECTIVES = 1.5 * GIB  # NCCL's buffers, where there are several GPUs
+ESTIMATED_KERNELS = 0.3 * GIB  # modules and the libraries' workspaces: measured 0.15 to 0.3
+ESTIMATED_GRAPHS = 1.0 * GIB  # measured 0.2 to 0.3 for four sizes; vLLM's own list has 51, or 83 on B200
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Budget:
-    """One GPU's memory under a Request. `unmanaged` is allocated after the KV cache, out of what vLLM leaves."""
+    """One GPU's memory under a Request. `unmanaged` lies in what vLLM leaves."""
 
     gpu: Gpu
     request: Request
@@ -112,11 +114,14 @@ def _workspace(config: dict, request: Request) -> int:
 
 
 def _activations(config: dict, request: Request, parallel: Parallel) -> int:
-    """Estimated peak of a profile run of `batched_tokens`: the larger of attention and experts, beside the residual."""
+    """Estimated peak of a profile run of `batched_tokens`: the larger of attention and experts, beside the residual.
+
+    The factors are fitted to Flash on one H200 and on two.
+    """
     tokens, hidden = request.batched_tokens, config["hidden_size"]
-    residual = 3 * tokens * config["hc_mult"] * hidden * 2  # in, out and the mixed copy
-    heads = max(64, ceil_div(config["num_attention_heads"], parallel.tp))
-    attention = 3 * tokens * heads * config["head_dim"] * 2
+    residual = tokens * (2 * config["hc_mult"] + 2) * hidden * 2  # streams in and out, hidden states in and out
+    heads = ceil_div(config["num_attention_heads"], parallel.tp)
+    attention = tokens * (heads + 2 * max(64, heads)) * config["head_dim"] * 2  # queries, padded ones, results
     inter = config["moe_intermediate_size"] // (1 if parallel.expert_parallel else parallel.tp)
     experts = tokens * parallel.dp * config["num_experts_per_tok"] * (3 * inter + hidden) * 2
     logits = request.seqs * config["vocab_size"] * (2 + 3 * 4)
@@ -141,11 +146,12 @@ def budget_of(
     if 4 in config["compress_ratios"]:
         managed.append(Item("indexer logits", INDEXER_LOGITS))
     managed.append(Item("activations", _activations(config, request, parallel), True))
-    managed.append(Item("CUDA context, kernels", int(ESTIMATED_CONTEXT), True))
-    if parallel.gpus > 1:
-        managed.append(Item("collectives", int(ESTIMATED_COLLECTIVES), True))
+    managed.append(Item("kernels, libraries", int(ESTIMATED_KERNELS), True))
     managed.append(Item("CUDA graphs", int(ESTIMATED_GRAPHS), True))
-    unmanaged = [Item("block tables", pool.table_bytes(length, request.seqs))]
+    unmanaged = [Item("CUDA context", int(ESTIMATED_CONTEXT), True)]
+    if parallel.gpus > 1:
+        unmanaged.append(Item("collectives", int(ESTIMATED_COLLECTIVES), True))
+    unmanaged.append(Item("block tables", pool.table_bytes(length, request.seqs)))
     if 128 in config["compress_ratios"]:
         width = ceil_div(ceil_div(length, 128), C128_ALIGNMENT) * C128_ALIGNMENT
         # models/deepseek_v4/sparse_mla.py:155-183

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import replace
 
-from .budget import Budget, Request, budget_of, check_request, largest_that_auto_takes, longest_context
+from .budget import Budget, Item, Request, budget_of, check_request, largest_that_auto_takes, longest_context
 from .dialects import Contents, read_contents
 from .folder import CONFIG, find_source, read_checkpoint, read_json
 from .gpus import GIB, Gpu, parse_gpus
@@ -39,6 +39,10 @@ def _gib(nbytes: float) -> str:
     return f"{nbytes / GIB:9.2f}"
 
 
+def _line(item: Item) -> str:
+    return f"{item.name:34} {_gib(item.nbytes)}{'  (estimate)' if item.estimated else ''}"
+
+
 def print_budget(budget: Budget, count: int, name: str) -> None:
     request = budget.request
     print(
@@ -46,7 +50,7 @@ def print_budget(budget: Budget, count: int, name: str) -> None:
         f"{request.utilization:.0%} of {budget.gpu.memory_gib} is vLLM's:"
     )
     for item in budget.managed:
-        print(f"  {item.name:34} {_gib(item.nbytes)}{'  (estimate)' if item.estimated else ''}")
+        print(f"  {_line(item)}")
     print(f"  {'KV cache: what is left':34} {_gib(budget.kv_bytes)}")
     kinds: dict[str, list[int]] = {}
     for found in budget.pool.groups:
@@ -57,10 +61,10 @@ def print_budget(budget: Budget, count: int, name: str) -> None:
             kinds[cache.kind][2] = cache.block
     for kind, (layers, page, block) in kinds.items():
         print(f"    {kind:15} {layers:3} layers, pages of {page:6} bytes for {block:3} tokens")
-    print("  outside vLLM's share, after the KV cache:")
+    print("  outside vLLM's share:")
     for item in budget.unmanaged:
-        print(f"    {item.name:32} {_gib(item.nbytes)}")
-    print(f"    {'free':32} {_gib(budget.slack)}")
+        print(f"  {_line(item)}")
+    print(f"  {'free':34} {_gib(budget.slack)}")
 
 
 def _flags(budget: Budget, parallel: Parallel) -> str:

@@ -184,9 +184,9 @@ def test_uneven_routing(config):
 
 @pytest.mark.parametrize("ctas", ROUTE_CTAS)
 @pytest.mark.parametrize("pairs", [1, 5, 777, 6000, 98304])
-@pytest.mark.parametrize("mapped", [False, True])
-def test_route(ctas, pairs, mapped):
-    """Every pair of a local expert has one slot, slots are grouped by expert, tiles cover them."""
+@pytest.mark.parametrize("mapped,step", [(False, 32), (True, 32), (True, 96)])
+def test_route(ctas, pairs, mapped, step):
+    """Every pair of a local expert has one slot, slots are grouped by expert, tiles cover them evenly."""
     experts, tokens, generator = 48, 96, torch.Generator("cuda").manual_seed(pairs)
     expert_map = torch.full((384,), -1, dtype=torch.int32, device="cuda")
     expert_map[torch.randperm(384, device="cuda", generator=generator)[:experts]] = torch.arange(
@@ -198,7 +198,7 @@ def test_route(ctas, pairs, mapped):
     local = torch.where(known, expert_map[ids.clamp(0, 383).long()] if mapped else ids, -1)
     slots = torch.full((pairs,), -9, dtype=torch.int32, device="cuda")
     table = torch.full((1 + pairs // tokens + experts, 4), -9, dtype=torch.int32, device="cuda")
-    load(kernel_name("route", ctas))(ids, expert_map, slots, table, int(mapped), experts, tokens)
+    load(kernel_name("route", ctas))(ids, expert_map, slots, table, int(mapped), experts, tokens, step)
     tiles, used = table[0, :2].tolist()
     counts = torch.bincount(local[local >= 0], minlength=experts)
     assert used == counts.sum() and tiles == (-(-counts // tokens)).sum()
@@ -209,11 +209,12 @@ def test_route(ctas, pairs, mapped):
     )
     assert bool((slots[used:] == -9).all()) and bool((table[1 + tiles :] == -9).all())
     expert, first, size = table[1 : 1 + tiles, :3].long().unbind(1)
-    starts = counts.cumsum(0) - counts
-    place = torch.cat([torch.arange(-(-n // tokens), device="cuda") for n in counts.tolist()])
     assert torch.equal(expert, torch.arange(experts, device="cuda").repeat_interleave(-(-counts // tokens)))
-    assert torch.equal(first, starts[expert] + place * tokens)
-    assert torch.equal(size, (counts[expert] - place * tokens).clamp(max=tokens))
+    assert torch.equal(first, size.cumsum(0) - size)
+    assert torch.equal(torch.zeros_like(counts).index_add_(0, expert, size), counts)
+    for sizes in size.split((-(-counts // tokens)).tolist()):
+        assert len(sizes) == 0 or (sizes.min() > 0 and sizes.max() <= tokens)
+        assert len(sizes) == 0 or sizes.max() - sizes.min() < 2 * step
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

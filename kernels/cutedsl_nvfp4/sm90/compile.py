@@ -90,11 +90,11 @@ def _vector(element, length) -> object:
 
 
 def compile_route(ctas: int, options: str = "") -> Callable:
-    """f(ids [M * T], expert map, pairs, table, whether there is a map, local experts, tokens of a tile)."""
+    """f(ids [M * T], expert map, pairs, table, whether there is a map, local experts, tokens of a tile, step)."""
     pairs, known, entries = (cute.sym_int() for _ in range(3))
     table = make_fake_compact_tensor(cutlass.Int32, (entries, 4), stride_order=(1, 0), assumed_align=16)
     ids, pair_of_slot = _vector(cutlass.Int32, pairs), _vector(cutlass.Int32, pairs)
-    numbers = (cutlass.Int32(1),) * 3
+    numbers = (cutlass.Int32(1),) * 4
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     arguments = (ids, _vector(cutlass.Int32, known), pair_of_slot, table, *numbers, stream)
     return compile_kernel(Route(ctas), *arguments, arch=ARCH, options=options)

@@ -128,9 +128,8 @@ def run(
     h = scratch(pairs, intermediate, dtype=torch.bfloat16)
     y = scratch(pairs, hidden, dtype=torch.bfloat16)
     local = (int(expert_map is not None), experts)
-    _kernel("route", ROUTE_CTAS[pairs > ROUTED_BY_ONE])(
-        ids, known, pair_of_slot, table, *local, config.tokens
-    )
+    route = _kernel("route", ROUTE_CTAS[pairs > ROUTED_BY_ONE])
+    route(ids, known, pair_of_slot, table, *local, config.tokens, config.step)
     limit = math.inf if swiglu_limit is None else swiglu_limit
     for tiles, activated, source, operands, target in (
         (config.w13, True, x, w13, h),

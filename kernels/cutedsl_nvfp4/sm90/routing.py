@@ -1,7 +1,8 @@
 """Which tokens go to which expert, and the sum of what comes back: the kernels around the experts' products.
 
 A pair is one (token, choice): p = token * T + choice. A slot is a row of the scratch between w13 and w2;
-slots are grouped by expert, for Hopper without padding. A tile is up to `tokens` consecutive slots of one expert.
+slots are grouped by expert, for Hopper without padding. A tile is up to `tokens` consecutive slots of one expert,
+whose tiles differ by less than two `step`s: a last tile of few slots would decode as many weights as a full one.
 
     Route     ids [M, T] -> pairs [M * T] int32, the pair of each slot
                             table [1 + tiles, 4] int32: (tiles, slots, 0, 0), then (expert, first slot, slots, 0)
@@ -59,9 +60,10 @@ class Route:
         has_map: Int32,
         experts: Int32,
         tokens: Int32,
+        step: Int32,
         stream,
     ):
-        self.start(mIds, mMap, mPairs, None, mTable, has_map, experts, tokens, stream)
+        self.start(mIds, mMap, mPairs, None, mTable, has_map, experts, tokens, step, stream)
 
     @cute.jit
     def start(
@@ -74,6 +76,7 @@ class Route:
         has_map: Int32,
         experts: Int32,
         tokens: Int32,
+        step: Int32,
         stream,
     ):
         @cute.struct
@@ -83,7 +86,7 @@ class Route:
             sums: cute.struct.MemRange[Int32, 64]
 
         self.shared = Shared
-        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens).launch(
+        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, step).launch(
             grid=(self.ctas, 1, 1),
             block=(ROUTE_THREADS, 1, 1),
             cluster=(self.ctas, 1, 1),
@@ -102,6 +105,7 @@ class Route:
         has_map: Int32,
         experts: Int32,
         tokens: Int32,
+        step: Int32,
     ):
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
@@ -179,10 +183,12 @@ class Route:
                 if cutlass.const_expr(mPlaces is not None):
                     mPlaces[pair] = Int32(-1)
         row = 1 + tiles_sum - tiles
+        steps = cute.ceil_div(count, step)
         for i in cutlass.range(rank, tiles, self.ctas, unroll=1):
+            begin = i * steps // tiles * step
             mTable[row + i, 0] = thread
-            mTable[row + i, 1] = first + i * tokens
-            mTable[row + i, 2] = cutlass.min(tokens, count - i * tokens)
+            mTable[row + i, 1] = first + begin
+            mTable[row + i, 2] = cutlass.min((i + 1) * steps // tiles * step, count) - begin
 
 
 class SlotRoute(Route):
@@ -201,7 +207,7 @@ class SlotRoute(Route):
         tokens: Int32,
         stream,
     ):
-        self.start(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, stream)
+        self.start(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, tokens, stream)
 
 
 class Combine:

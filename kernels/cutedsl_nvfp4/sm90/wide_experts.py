@@ -3,7 +3,7 @@
 Equations, operands and the order of waits are narrow_experts.py's.
 
 Roles per CTA (`panels` x 64 weight rows by `tokens` slots, persistent over the table's tiles)
-    warpgroup p          rows of panel p, as in wide.py; swiglu where the sums are
+    warpgroup p          rows of panel p, or of two panels, as in wide.py; swiglu where the sums are
     producer warpgroup   its first warp keeps `stages` TMA loads of weights in flight; all four gather
                          tokens with cp.async
 Pipelines
@@ -52,7 +52,7 @@ class WideExperts(WideLinear):
         config.check()
         if not config.fits_experts:
             raise ValueError(
-                f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag or bulk"
+                f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag, bulk or tail"
             )
         self.config = config
         self.activated = activated
@@ -61,6 +61,16 @@ class WideExperts(WideLinear):
         self.group_panels = config.panels // self.warpgroups
         self.threads = 128 * (self.warpgroups + 1)
         self.widths = expert_widths(config)
+
+    @property
+    def part(self) -> int:
+        """k16 steps that a warpgroup decodes while those before them are multiplied: as many as registers hold.
+
+        With more than two in tiles of 128 tokens by four panels ptxas serializes the wgmmas.
+        """
+        steps = self.group_panels * self.config.blocks * STEPS
+        crowded = self.group_panels > 1 and self.config.tokens > 96
+        return min(steps // 2, 2 if crowded else 4)
 
     @cute.jit
     def __call__(
@@ -381,8 +391,8 @@ class WideExperts(WideLinear):
         """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, scales of a thread's weight
         rows in each panel, rows of `out` of every 128th slot, next stage, its phase).
 
-        A warpgroup decodes half a stage's k of a panel while the wgmmas of the half before run. What the
-        epilogue reads from memory is fetched while the last ones run.
+        A warpgroup decodes `part` steps while the wgmmas of those before run. What the epilogue reads from memory
+        is fetched while the last ones run.
         """
         c = self.config
         panels = cutlass.const_expr(self.group_panels)
@@ -394,7 +404,8 @@ class WideExperts(WideLinear):
         thr_mma = tiled_mma.get_slice(thread)
         sFirst = cute.local_tile(sX, (tokens, stage_k, c.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
-        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((rows, stage_k)), BFloat16)
+        part = cutlass.const_expr(self.part)
+        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((rows, 2 * part * 16)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
         sums_shape = thr_mma.partition_shape_C((rows, tokens))
         sums = tuple(cute.make_rmem_tensor(sums_shape, Float32) for _ in range(panels))
@@ -409,7 +420,6 @@ class WideExperts(WideLinear):
             first_panel * panel_scales + row_warp * 64 + (lane // 4) * 8
         )
         steps = cutlass.const_expr(c.blocks * STEPS)
-        part = cutlass.const_expr(steps // 2)
         previous = stage
         # No branch may stand between a wait_group and the wgmmas after it, and no decode may sink between
         # wgmmas: either makes ptxas serialize them (C7513).
@@ -422,19 +432,19 @@ class WideExperts(WideLinear):
                     words.append(load_words(codes + at * panel_codes + b * BLOCK_CODE_BYTES, 4))
                     scale_words.append(load_words(scales + at * panel_scales + b * BLOCK_SCALE_BYTES, 2))
             cute.arch.fence_view_async_shared()  # tokens written by cp.async, read by wgmma
-            for turn in cutlass.range_constexpr(2 * panels):
+            for turn in cutlass.range_constexpr(panels * steps // part):
                 warpgroup.wait_group(part)  # the wgmmas that read this part of `weights` are done
                 for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
                     word = words[step // STEPS][step % STEPS]
                     scale_word = scale_words[step // STEPS][step % STEPS // 2]
                     decoded = weight_registers(word, scale_word, step % 2, bias)
                     for r in cutlass.range_constexpr(4):
-                        weight_words[step % steps * 4 + r] = settle(decoded[r])
+                        weight_words[step % (2 * part) * 4 + r] = settle(decoded[r])
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
                     x = tCrX[None, None, step % steps, stage]
                     q = cutlass.const_expr(step // steps)
-                    cute.gemm(tiled_mma, sums[q], weights[None, None, step % steps], x, sums[q])
+                    cute.gemm(tiled_mma, sums[q], weights[None, None, step % (2 * part)], x, sums[q])
                     warpgroup.commit_group()
             if i > 0:
                 self.release(empty, previous, lane)
