@@ -237,7 +237,9 @@ def test_predictions_hold_against_what_vllm_reported(layers, tp, ep, utilization
     config = {**FLASH, "num_hidden_layers": layers, "compress_ratios": ratios, "num_hash_layers": layers}
     request = Request(length, 16384, 64, utilization)
     budget = budget_of(config, None, H200, model.Parallel(tp, 1, ep), request)
-    weights = sum(i.nbytes for i in budget.managed if i.name.startswith("weights") or i.name == "rotary tables")
+    weights = sum(
+        i.nbytes for i in budget.managed if i.name.startswith("weights") or i.name == "rotary tables"
+    )
     assert weights / GIB == pytest.approx(loaded, rel=0.01)
     predicted = budget.pool.capacity(budget.kv_bytes, length, request.in_flight)[2]
     assert 0.95 * tokens < predicted < tokens
