@@ -119,13 +119,10 @@ def _activations(config: dict, request: Request, parallel: Parallel) -> int:
     The factors are fitted to Flash on one H200 and on two.
     """
     tokens, hidden = request.batched_tokens, config["hidden_size"]
-    residual = (
-        tokens * (2 * config["hc_mult"] + 2) * hidden * 2
-    )  # streams in and out, hidden states in and out
+    # streams and hidden states, in and out; queries, queries of padded heads, results
+    residual = tokens * (2 * config["hc_mult"] + 2) * hidden * 2
     heads = ceil_div(config["num_attention_heads"], parallel.tp)
-    attention = (
-        tokens * (heads + 2 * max(64, heads)) * config["head_dim"] * 2
-    )  # queries, padded ones, results
+    attention = tokens * (heads + 2 * max(64, heads)) * config["head_dim"] * 2
     inter = config["moe_intermediate_size"] // (1 if parallel.expert_parallel else parallel.tp)
     experts = tokens * parallel.dp * config["num_experts_per_tok"] * (3 * inter + hidden) * 2
     logits = request.seqs * config["vocab_size"] * (2 + 3 * 4)
