@@ -100,6 +100,7 @@ def wide() -> list[Config]:
             Wide(2, 64, 1, 6, 2, ctas_per_sm=2),
             Wide(1, 64, 2, 4, 2, ctas_per_sm=2),
             Wide(1, 128, 1, 4, 2, ctas_per_sm=2),
+            Wide(1, 64, 4, 4, 2),
             Wide(2, 64, 1, 8, 2),
             Wide(2, 96, 1, 8, 2),
             Wide(2, 128, 1, 7, 2),

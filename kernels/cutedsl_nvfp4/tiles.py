@@ -160,8 +160,8 @@ class Wide:
 
     def check(self) -> None:
         """Raise ValueError for a configuration the kernel cannot run."""
-        if self.panels not in (1, 2, 3, 4) or self.blocks not in (1, 2):
-            raise ValueError(f"{self}: panels must be 1 to 4, and blocks 1 or 2")
+        if self.panels not in (1, 2, 3, 4) or self.blocks not in (1, 2, 4):
+            raise ValueError(f"{self}: panels must be 1 to 4, and blocks 1, 2 or 4")
         if self.tokens % 16 or not 16 <= self.tokens <= 256 or self.tokens % self.output_tokens:
             raise ValueError(f"{self}: tokens must be 16 or a multiple of 32 up to 256")
         if self.split_k > 1 and (self.persistent or self.multicast > 1):
