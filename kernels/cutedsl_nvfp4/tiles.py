@@ -5,7 +5,7 @@ Plain data: imports neither torch nor CuTe DSL, so tests, bench and ahead-of-tim
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 PANEL_ROWS = 64  # weight rows a packed panel holds (sm90/layout.py)
 BLOCK_K = 64
@@ -187,6 +187,16 @@ class Wide:
 Config = Narrow | Wide
 
 
+def check_for_experts(config: Config) -> None:
+    """Raise ValueError for a configuration the experts' kernels cannot run."""
+    config.check()
+    if not config.fits_experts:
+        raise ValueError(
+            f"{config}: experts take no signal; wide ones tokens in 32s, no 3 panels, split_k, multicast, lag, bulk "
+            "or tail"
+        )
+
+
 def _check_shared(config: Config) -> None:
     if config.signal and config.split_k == 1:
         raise ValueError(f"{config}: only shares of split_k signal")
@@ -324,28 +334,19 @@ class ExpertTiles(TilePair):
     w13: Config
     w2: Config
 
-    @property
+    @cached_property
     def step(self) -> int:
         """An expert's tiles have whole steps of slots, but for the last: what its widths differ by."""
-        several = isinstance(self.w13, Wide) and len(expert_widths(self.w13)) > 1
-        return _width_step(self.w13) if several else self.w13.tokens
+        widths = expert_widths(self.w13) if isinstance(self.w13, Wide) else ()
+        return widths[1] - widths[0] if len(widths) > 1 else self.w13.tokens
 
     def check(self) -> None:
         """Raise ValueError for a configuration the kernels cannot run."""
         self.check_tokens()
         for config in (self.w13, self.w2):
-            config.check()
-            if not config.fits_experts:
-                raise ValueError(
-                    f"{config}: experts take no signal; wide ones tokens in 32s, no 3 panels, split_k, multicast, "
-                    "lag or bulk"
-                )
+            check_for_experts(config)
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
-
-
-def _width_step(config: Wide) -> int:
-    return 32 if config.tokens <= 128 else 64
 
 
 def expert_widths(config: Wide) -> tuple[int, ...]:
@@ -353,7 +354,7 @@ def expert_widths(config: Wide) -> tuple[int, ...]:
 
     More than four, or more than one where two CTAs share an SM, take more registers than there are.
     """
-    step = _width_step(config)
+    step = 32 if config.tokens <= 128 else 64
     widths = tuple(range(step, config.tokens + 1, step))
     return widths[-4:] if config.ctas_per_sm == 1 else widths[-1:]
 

@@ -51,7 +51,7 @@ def print_budget(budget: Budget, count: int, name: str) -> None:
     )
     for item in budget.managed:
         print(f"  {_line(item)}")
-    print(f"  {'KV cache: what is left':34} {_gib(budget.kv_bytes)}")
+    print(f"  {_line(Item('KV cache: what is left', budget.kv_bytes))}")
     kinds: dict[str, list[int]] = {}
     for found in budget.pool.groups:
         for cache in found.caches:
@@ -64,7 +64,7 @@ def print_budget(budget: Budget, count: int, name: str) -> None:
     print("  outside vLLM's share:")
     for item in budget.unmanaged:
         print(f"  {_line(item)}")
-    print(f"  {'free':34} {_gib(budget.slack)}")
+    print(f"  {_line(Item('free', budget.slack))}")
 
 
 def _flags(budget: Budget, parallel: Parallel) -> str:

@@ -20,7 +20,15 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from ..tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Wide, expert_widths
+from ..tiles import (
+    BLOCK_CODE_BYTES,
+    BLOCK_K,
+    BLOCK_SCALE_BYTES,
+    PANEL_ROWS,
+    Wide,
+    check_for_experts,
+    expert_widths,
+)
 from .decode import EPILOGUE_SCALE
 from .fragments import (
     arrive_after_copies,
@@ -49,11 +57,7 @@ class WideExperts(WideLinear):
     """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
 
     def __init__(self, config: Wide, activated: bool):
-        config.check()
-        if not config.fits_experts:
-            raise ValueError(
-                f"{config}: experts take tokens in 32s, no 3 panels, split_k, multicast, lag, bulk or tail"
-            )
+        check_for_experts(config)
         self.config = config
         self.activated = activated
         self.panel_columns = PANEL_ROWS // 2 if activated else PANEL_ROWS  # results of a panel and slot
