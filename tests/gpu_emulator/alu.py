@@ -198,10 +198,8 @@ def _dp2a(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> Non
     first = np.uint64(16 if "hi" in instruction.suffixes else 0)
     total = c
     for i in (np.uint64(0), np.uint64(1)):
-        half, byte = (
-            a >> np.uint64(16) * i & np.uint64(0xFFFF),
-            b >> first + np.uint64(8) * i & np.uint64(0xFF),
-        )
+        half = a >> np.uint64(16) * i & np.uint64(0xFFFF)
+        byte = b >> first + np.uint64(8) * i & np.uint64(0xFF)
         total = total + half * byte
     warp.write(target, total.astype(np.uint32), lanes)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from . import alu
 from .memory import RANK_SHIFT, Mbarrier, TensorMap, swizzled
-from .ptx import LANES, Fault, Instruction, Unsupported, Warp, bits_of, inside, unsigned
+from .ptx import LANES, Fault, Instruction, Unsupported, Warp, bits_of, inside, names_in, unsigned
 
 
 def address_of(warp: Warp, operand: str, bits: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def _atomic(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> N
     addresses = address_of(warp, operands[0], 32 if space.startswith("shared") else 64)
     size = bits // 8
     how = next(s for s in suffixes if s in ("add", "min", "max", "and", "or", "exch", "cas", "inc"))
-    registers = inside(operands[1]) if operands[1].startswith("{") else [operands[1]]
+    registers = names_in(operands[1])
     old_values = np.zeros(LANES, dtype=unsigned(bits))
     for lane in lanes_in(lanes):
         for index, register in enumerate(registers):
@@ -153,7 +153,7 @@ def _ldmatrix(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) ->
         raise Unsupported(instruction.text)
     target, source = instruction.operands
     addresses = address_of(warp, source, 32)
-    registers = inside(target) if target.startswith("{") else [target]
+    registers = names_in(target)
     for matrix, register in enumerate(registers):
         rows = []
         for row in range(8):
@@ -168,7 +168,7 @@ def _stmatrix(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) ->
         raise Unsupported(instruction.text)
     target, source = instruction.operands
     addresses = address_of(warp, target, 32)
-    for matrix, register in enumerate(inside(source) if source.startswith("{") else [source]):
+    for matrix, register in enumerate(names_in(source)):
         values = warp.lanes(register, 32).astype(np.uint32)
         halves = values.view(np.uint16).reshape(8, 8)
         if "trans" in instruction.suffixes:

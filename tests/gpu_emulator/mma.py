@@ -15,6 +15,7 @@ K = 64  # of one instruction
 _VALUES = np.concatenate([E2M1, -E2M1]).astype(np.float64)
 _UE4M3 = np.where(np.arange(256) < 127, E4M3, np.nan).astype(np.float64)
 _SWIZZLE = {0: 0, 2: 128, 4: 64, 6: 32}
+GROUP, THREAD = np.arange(LANES) // 4, np.arange(LANES) % 4  # g and t of lane 4 g + t
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,28 @@ def block_scaled(
         target[:] = product.astype(np.float32).view(np.uint32)
 
 
+def d_fragment(registers: np.ndarray) -> np.ndarray:
+    """f32 [4 J, 32] -> [16 rows, 8 J]
+
+    Register 4 j + i of lane 4 g + t is row g + 8 (i // 2), column 8 j + 2 t + i % 2.
+    """
+    d = np.zeros((16, 2 * len(registers)), dtype=np.float32)
+    for index, values in enumerate(registers):
+        j, i = divmod(index, 4)
+        d[GROUP + 8 * (i // 2), 8 * j + 2 * THREAD + i % 2] = values
+    return d
+
+
+def d_registers(d: np.ndarray) -> np.ndarray:
+    """The inverse of d_fragment, rounded to f32."""
+    count = d.shape[1] // 2
+    registers = np.zeros((count, LANES), dtype=np.float32)
+    for index in range(count):
+        j, i = divmod(index, 4)
+        registers[index] = d[GROUP + 8 * (i // 2), 8 * j + 2 * THREAD + i % 2]
+    return registers
+
+
 def warp_level(
     a: np.ndarray,
     b: np.ndarray,
@@ -137,24 +160,21 @@ def warp_level(
     """mma.m16n8k64 with four scales a row: registers uint32 [4, 32], [2, 32], f32 [4, 32], scales [32] -> f32 [4, 32].
 
     Lane l = 4 g + t: a[i] is row g + 8 (i % 2), k = 8 t .. 8 t + 7 (+ 32 for i >= 2); b[i] is column g, k likewise;
-    c[i] is row g + 8 (i // 2), column 2 t + i % 2. The scales of row g + 8 j are those of lane 4 g + 2 * thread_a + j,
+    c is as d_fragment says. The scales of row g + 8 j are those of lane 4 g + 2 * thread_a + j,
     of column g those of lane 4 g + thread_b.
     """
-    group, thread = np.arange(LANES) // 4, np.arange(LANES) % 4
     a_codes, b_codes = np.zeros((16, K // 2), np.uint8), np.zeros((8, K // 2), np.uint8)
     for i in range(4):
         for byte in range(4):
-            a_codes[group + 8 * (i % 2), 4 * thread + byte + 16 * (i // 2)] = a[i] >> np.uint32(
+            a_codes[GROUP + 8 * (i % 2), 4 * THREAD + byte + 16 * (i // 2)] = a[i] >> np.uint32(
                 8 * byte
             ) & np.uint32(255)
             if i < 2:
-                b_codes[group, 4 * thread + byte + 16 * i] = b[i] >> np.uint32(8 * byte) & np.uint32(255)
+                b_codes[GROUP, 4 * THREAD + byte + 16 * i] = b[i] >> np.uint32(8 * byte) & np.uint32(255)
     rows = np.arange(16)
     a_scales = _UE4M3[
         np.ascontiguousarray(sfa[4 * (rows % 8) + 2 * thread_a + rows // 8]).view(np.uint8).reshape(16, 4)
     ]
     b_scales = _UE4M3[np.ascontiguousarray(sfb[4 * np.arange(8) + thread_b]).view(np.uint8).reshape(8, 4)]
     product = _scaled(a_codes, a_scales) @ _scaled(b_codes, b_scales).T
-    return np.stack(
-        [(c[i] + product[group + 8 * (i // 2), 2 * thread + i % 2]).astype(np.float32) for i in range(4)]
-    )
+    return d_registers(d_fragment(c) + product)

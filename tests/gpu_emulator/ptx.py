@@ -206,6 +206,11 @@ def inside(operand: str, opening: str = "{", closing: str = "}") -> list[str]:
     return _operands(operand[1:-1])
 
 
+def names_in(operand: str) -> list[str]:
+    """The registers of {a, b, c}, or of one that stands alone."""
+    return inside(operand) if operand.startswith("{") else [operand]
+
+
 @cache
 def bits_of(suffixes: tuple[str, ...]) -> int:
     """Width of an instruction's type, the last one among its suffixes."""
@@ -281,6 +286,15 @@ class Warp:
         """The same, one a lane in any case."""
         value = self.read(operand, bits)
         return value if value.shape else np.full(LANES, value)
+
+    def words(self, operand: str) -> np.ndarray:
+        """uint32 [registers of the operand, LANES]"""
+        return np.stack([self.lanes(name, 32).astype(np.uint32) for name in names_in(operand)])
+
+    def write_words(self, operand: str, words: np.ndarray) -> None:
+        """`words`, as `words` returns them, in all lanes."""
+        for name, values in zip(names_in(operand), words, strict=True):
+            self.write(name, values, None)
 
     def special(self, operand: str, bits: int) -> np.ndarray | np.generic:
         kind = unsigned(bits)

@@ -8,7 +8,7 @@ import numpy as np
 from . import mma, warpgroup
 from .instructions import address_of, arrive, one_value, read_one
 from .memory import RANK_SHIFT
-from .ptx import Fault, Instruction, Unsupported, Warp, inside
+from .ptx import Fault, Instruction, Unsupported, Warp, inside, names_in
 
 COLUMNS = 512  # of 128 lanes x 4 bytes
 
@@ -155,7 +155,7 @@ def _tmem_load(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -
     address = one_value(address_of(warp, address, 32), lanes, instruction)
     rows, first = _tmem_lanes(warp, address, instruction), address & 0xFFFF
     _columns(warp.cta, address, count, instruction.text)
-    for index, register in enumerate(inside(target) if target.startswith("{") else [target]):
+    for index, register in enumerate(names_in(target)):
         warp.write(register, warp.cta.tmem[rows, first + index].copy(), lanes)
 
 
@@ -166,7 +166,7 @@ def _tmem_store(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) 
     address = one_value(address_of(warp, address, 32), lanes, instruction)
     rows, first = _tmem_lanes(warp, address, instruction), address & 0xFFFF
     _columns(warp.cta, address, count, instruction.text)
-    for index, register in enumerate(inside(source) if source.startswith("{") else [source]):
+    for index, register in enumerate(names_in(source)):
         warp.cta.tmem[rows, first + index] = warp.lanes(register, 32)
 
 
@@ -179,27 +179,21 @@ def _mma_sync(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) ->
     wanted = {"m16n8k64", "kind::mxf4nvf4", "block_scale", "scale_vec::4X", "ue4m3"}
     if not wanted <= set(suffixes):
         raise Unsupported(instruction.text)
-
-    def registers(operand: str) -> np.ndarray:
-        names = inside(operand) if operand.startswith("{") else [operand]
-        return np.stack([warp.lanes(name, 32).astype(np.uint32) for name in names])
-
     d, a, b, c, sfa, ids_a, sfb, ids_b = operands
     byte_a, thread_a = (read_one(warp, part, 16, lanes, instruction) for part in inside(ids_a))
     byte_b, thread_b = (read_one(warp, part, 16, lanes, instruction) for part in inside(ids_b))
     if byte_a or byte_b:
         raise Fault(f"{instruction.text}: byte ids {byte_a}, {byte_b} with four scales a register")
     result = mma.warp_level(
-        registers(a),
-        registers(b),
-        registers(c).view(np.float32),
-        registers(sfa)[0],
-        registers(sfb)[0],
+        warp.words(a),
+        warp.words(b),
+        warp.words(c).view(np.float32),
+        warp.words(sfa)[0],
+        warp.words(sfb)[0],
         thread_a,
         thread_b,
     )
-    for name, value in zip(inside(d), result):
-        warp.write(name, value.view(np.uint32), lanes)
+    warp.write_words(d, result.view(np.uint32))
 
 
 EXECUTE: dict[str, Callable] = {"tcgen05": _tcgen05, "mma": _mma_sync}

@@ -9,16 +9,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .mma import Descriptor, read_rows
-from .ptx import LANES, Fault, Instruction, Unsupported, Warp, inside
+from .mma import GROUP, THREAD, Descriptor, d_fragment, d_registers, read_rows
+from .ptx import Fault, Instruction, Unsupported, Warp
 
 K = 16  # of one instruction
 _SWIZZLE = {0: 0, 1: 128, 2: 64, 3: 32}
-_GROUP, _THREAD = np.arange(LANES) // 4, np.arange(LANES) % 4
 
 
 def _bf16(raw: np.ndarray) -> np.ndarray:
     return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def _pair(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two bf16 of each uint32, the low one first."""
+    return _bf16(words & np.uint32(0xFFFF)), _bf16(words >> np.uint32(16))
 
 
 def decode(bits: int) -> Descriptor:
@@ -30,10 +34,6 @@ def decode(bits: int) -> Descriptor:
     )
 
 
-def _registers(warp: Warp, operand: str) -> np.ndarray:
-    return np.stack([warp.lanes(name, 32).astype(np.uint32) for name in inside(operand)])
-
-
 def a_fragment(registers: np.ndarray) -> np.ndarray:
     """uint32 [4, 32] -> float64 [16 rows, K]
 
@@ -42,37 +42,9 @@ def a_fragment(registers: np.ndarray) -> np.ndarray:
     a = np.zeros((16, K))
     for p in range(2):
         for h in range(2):
-            for half in range(2):
-                raw = registers[2 * p + h] >> np.uint32(16 * half) & np.uint32(0xFFFF)
-                a[_GROUP + 8 * h, 8 * p + 2 * _THREAD + half] = _bf16(raw)
+            for i, values in enumerate(_pair(registers[2 * p + h])):
+                a[GROUP + 8 * h, 8 * p + 2 * THREAD + i] = values
     return a
-
-
-def d_fragment(registers: np.ndarray) -> np.ndarray:
-    """f32 [4 J, 32] -> [16 rows, 8 J]
-
-    Register 4 j + i of lane 4 g + t is row g + 8 (i // 2), column 8 j + 2 t + i % 2.
-    """
-    d = np.zeros((16, 2 * len(registers)), dtype=np.float32)
-    for index, values in enumerate(registers):
-        j, i = divmod(index, 4)
-        d[_GROUP + 8 * (i // 2), 8 * j + 2 * _THREAD + i % 2] = values
-    return d
-
-
-def d_registers(d: np.ndarray) -> np.ndarray:
-    """The inverse of d_fragment."""
-    count = d.shape[1] // 2
-    registers = np.zeros((count, LANES), dtype=np.float32)
-    for index in range(count):
-        j, i = divmod(index, 4)
-        registers[index] = d[_GROUP + 8 * (i // 2), 8 * j + 2 * _THREAD + i % 2]
-    return registers
-
-
-def _write(warp: Warp, operand: str, d: np.ndarray) -> None:
-    for name, values in zip(inside(operand), d_registers(d).view(np.uint32), strict=True):
-        warp.write(name, values, None)
 
 
 def _wgmma(warp: Warp, instruction: Instruction, lanes: np.ndarray | None) -> None:
@@ -110,11 +82,11 @@ def _mma_async(warp: Warp, instruction: Instruction) -> None:
     shared, where = warp.cta.shared, decode(int(descriptor[0]))
     rows = read_rows(shared, where, n, 2 * K, what)
     values = _bf16(np.ascontiguousarray(rows).view(np.uint16))
-    product = a_fragment(_registers(warp, a)) @ values.T
+    product = a_fragment(warp.words(a)) @ values.T
     keeps = np.asarray(warp.read(scale_d, 1)).reshape(-1)
     if keeps[0]:
-        product = product + d_fragment(_registers(warp, d).view(np.float32))
-    _write(warp, d, product.astype(np.float32))
+        product = product + d_fragment(warp.words(d).view(np.float32))
+    warp.write_words(d, d_registers(product).view(np.uint32))
 
     def check() -> None:
         if not np.array_equal(read_rows(shared, where, n, 2 * K, what), rows):
@@ -128,14 +100,12 @@ def _mma_async(warp: Warp, instruction: Instruction) -> None:
 def mma_bf16(warp: Warp, instruction: Instruction) -> None:
     """mma.sync.m16n8k16: B's register p of lane 4 g + t is column g, k = 8 p + 2 t + {0, 1}."""
     d, a, b, c = instruction.operands
-    raw, columns = _registers(warp, b), np.zeros((8, K))
-    for p in range(2):
-        for half in range(2):
-            columns[_GROUP, 8 * p + 2 * _THREAD + half] = _bf16(
-                raw[p] >> np.uint32(16 * half) & np.uint32(0xFFFF)
-            )
-    product = a_fragment(_registers(warp, a)) @ columns.T
-    _write(warp, d, (product + d_fragment(_registers(warp, c).view(np.float32))).astype(np.float32))
+    columns = np.zeros((8, K))
+    for p, words in enumerate(warp.words(b)):
+        for i, values in enumerate(_pair(words)):
+            columns[GROUP, 8 * p + 2 * THREAD + i] = values
+    total = a_fragment(warp.words(a)) @ columns.T + d_fragment(warp.words(c).view(np.float32))
+    warp.write_words(d, d_registers(total).view(np.uint32))
 
 
 EXECUTE: dict[str, Callable] = {"wgmma": _wgmma}
