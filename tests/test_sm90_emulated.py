@@ -24,6 +24,12 @@ def seed(config: object) -> int:
     return sum(map(ord, str(config)))
 
 
+def emulated(monkeypatch, sms: int, number: int) -> None:
+    """A device whose schedule, and whether TMA is late, follow from `number`."""
+    gpu = device.Device(monkeypatch, 90, sms)
+    gpu.lazy, gpu.seed = (TMA_LATE, frozenset())[number % 2], number
+
+
 def product(
     random_weight, config, m: int, n: int, k: int, groups: int = 1, bias: bool = False, dtype=torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,8 +72,7 @@ def ragged(config: Narrow | Wide) -> dict[str, int]:
 
 @pytest.mark.parametrize("config", shipped(), ids=str)
 def test_every_tile(monkeypatch, random_weight, config):
-    gpu = device.Device(monkeypatch, 90, sms=2)
-    gpu.lazy, gpu.seed = (TMA_LATE, frozenset())[seed(config) % 2], seed(config)
+    emulated(monkeypatch, 2, seed(config))
     assert right(*product(random_weight, config, **ragged(config)))
 
 
@@ -75,8 +80,7 @@ def test_every_tile(monkeypatch, random_weight, config):
 @pytest.mark.parametrize("tiles", [3, 5, 7])
 def test_waves(monkeypatch, random_weight, config, tiles):
     """Whole waves, and a last one that is cut into parts or too full for that; several tiles a CTA."""
-    gpu = device.Device(monkeypatch, 90, sms=4)
-    gpu.lazy, gpu.seed = (TMA_LATE, frozenset())[tiles % 2], tiles
+    emulated(monkeypatch, 4, tiles)
     m = tiles * config.tokens - config.tail - 5
     assert right(*product(random_weight, config, m, n=64 * config.panels * config.multicast, k=192))
 
@@ -143,8 +147,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("tiles", shipped_expert_tiles(), ids=str)
 def test_every_tile_of_experts(monkeypatch, random_weight, tiles):
     """Two tiles and more of an expert, the last not full."""
-    gpu = device.Device(monkeypatch, 90, sms=2)
-    gpu.lazy, gpu.seed = (TMA_LATE, frozenset())[seed(tiles) % 2], seed(tiles)
+    emulated(monkeypatch, 2, seed(tiles))
     assert close(*layer(random_weight, tiles, m=tiles.tokens * 3 // 2 + 9))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from routed import check_route
 
 from cutedsl_nvfp4.format import pack_codes
 from cutedsl_nvfp4.reference import dequantize
@@ -186,35 +187,7 @@ def test_uneven_routing(config):
 @pytest.mark.parametrize("pairs", [1, 5, 777, 6000, 98304])
 @pytest.mark.parametrize("mapped,step", [(False, 32), (True, 32), (True, 96)])
 def test_route(ctas, pairs, mapped, step):
-    """Every pair of a local expert has one slot, slots are grouped by expert, tiles cover them evenly."""
-    experts, tokens, generator = 48, 96, torch.Generator("cuda").manual_seed(pairs)
-    expert_map = torch.full((384,), -1, dtype=torch.int32, device="cuda")
-    expert_map[torch.randperm(384, device="cuda", generator=generator)[:experts]] = torch.arange(
-        experts, dtype=torch.int32, device="cuda"
-    )
-    ids = torch.randint(-2, 400, (pairs,), dtype=torch.int32, device="cuda", generator=generator)
-    ids[torch.rand(pairs, device="cuda", generator=generator) < 0.3] = 17  # one that many tokens take
-    known = (ids >= 0) & (ids < (384 if mapped else experts))
-    local = torch.where(known, expert_map[ids.clamp(0, 383).long()] if mapped else ids, -1)
-    slots = torch.full((pairs,), -9, dtype=torch.int32, device="cuda")
-    table = torch.full((1 + pairs // tokens + experts, 4), -9, dtype=torch.int32, device="cuda")
-    load(kernel_name("route", ctas))(ids, expert_map, slots, table, int(mapped), experts, tokens, step)
-    tiles, used = table[0, :2].tolist()
-    counts = torch.bincount(local[local >= 0], minlength=experts)
-    assert used == counts.sum() and tiles == (-(-counts // tokens)).sum()
-    pair = slots[:used].long()
-    assert torch.equal(pair.sort().values, (local >= 0).nonzero()[:, 0])
-    assert torch.equal(
-        local[pair], torch.arange(experts, dtype=torch.int32, device="cuda").repeat_interleave(counts)
-    )
-    assert bool((slots[used:] == -9).all()) and bool((table[1 + tiles :] == -9).all())
-    expert, first, size = table[1 : 1 + tiles, :3].long().unbind(1)
-    assert torch.equal(expert, torch.arange(experts, device="cuda").repeat_interleave(-(-counts // tokens)))
-    assert torch.equal(first, size.cumsum(0) - size)
-    assert torch.equal(torch.zeros_like(counts).index_add_(0, expert, size), counts)
-    for sizes in size.split((-(-counts // tokens)).tolist()):
-        assert len(sizes) == 0 or (sizes.min() > 0 and sizes.max() <= tokens)
-        assert len(sizes) == 0 or sizes.max() - sizes.min() < 2 * step
+    check_route(load(kernel_name("route", ctas)), pairs, mapped, step, "cuda")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
