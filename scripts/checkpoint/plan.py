@@ -35,12 +35,8 @@ def load_model(location: str, revision: str | None = None) -> tuple[str, dict, C
     return source.label, complete(checkpoint.config), read_contents(checkpoint.tensors, checkpoint.num_layers)
 
 
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:9.2f}"
-
-
 def _line(item: Item) -> str:
-    return f"{item.name:34} {_gib(item.nbytes)}{'  (estimate)' if item.estimated else ''}"
+    return f"{item.name:34} {item.nbytes / GIB:9.2f}{'  (estimate)' if item.estimated else ''}"
 
 
 def print_budget(budget: Budget, count: int, name: str) -> None:
