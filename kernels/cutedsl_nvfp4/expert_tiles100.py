@@ -9,8 +9,10 @@ the tiles of a cluster share what they load, and for K in 96s, which 7168, 4096 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
-from .tiles import TilePair, token_counts
+from . import tile_choice
+from .tile_choice import TilePair
 
 ROWS = 128  # weight rows of one accumulator: the lanes of tensor memory
 TILE_K = 256  # k of a stage: 128 bytes of codes, one swizzle row
@@ -126,12 +128,10 @@ def choose_experts(pairs: int, known: int) -> ExpertTiles100:
     return next(tiles for most, tiles in _RULES if pairs / known <= most)
 
 
+@cache
 def chosen_experts(topk: int, known: int, max_tokens: int) -> dict[ExpertTiles100, int]:
-    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number that takes it."""
-    found: dict[ExpertTiles100, int] = {}
-    for m in token_counts(max_tokens):
-        found.setdefault(choose_experts(m * topk, known), m)
-    return found
+    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
+    return tile_choice.chosen(lambda m: choose_experts(m * topk, known), max_tokens)
 
 
 def shipped_expert_tiles() -> list[ExpertTiles100]:

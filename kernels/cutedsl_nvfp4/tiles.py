@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
+from . import tile_choice
+from .tile_choice import TilePair
+
 PANEL_ROWS = 64  # weight rows a packed panel holds (sm90/layout.py)
 BLOCK_K = 64
 BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
@@ -212,11 +215,6 @@ def _check_shared(config: Config) -> None:
         )
 
 
-def token_counts(max_tokens: int) -> list[int]:
-    """Powers of two up to max_tokens, and that itself: where rules by tokens end."""
-    return [1 << i for i in range((max_tokens - 1).bit_length())] + [max_tokens]
-
-
 def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bool = True) -> Config:
     """The configuration for out [m, n] with inner dimension k.
 
@@ -232,24 +230,22 @@ def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bo
     return _measured(n, k, groups, min(m, 1 << 13))
 
 
+@cache
 def chosen(
     n: int, k: int, groups: int, max_tokens: int, batch_invariant: bool, plain: bool = True
 ) -> dict[Config, int]:
-    """Every configuration `choose` takes for 1 .. max_tokens tokens, each with a number of tokens that takes it.
+    """Every configuration `choose` takes for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
+    return tile_choice.chosen(lambda m: choose(n, k, m, groups, batch_invariant, plain), max_tokens)
 
-    The numbers are small and, where they can be, odd: rules end at powers of two.
-    """
-    found: dict[Config, int] = {}
-    for m in token_counts(max_tokens):
-        config = choose(n, k, m, groups, batch_invariant, plain)
-        if config not in found:
-            odd = max(1, m - 1)
-            found[config] = odd if choose(n, k, odd, groups, batch_invariant, plain) == config else m
-    return found
+
+def _measured(n: int, k: int, groups: int, m: int) -> Config:
+    rules = _rules(n, k, groups)
+    return next((config for most, config in rules if m <= most), rules[-1][1])
 
 
 @cache
-def _measured(n: int, k: int, groups: int, m: int) -> Config:
+def _rules(n: int, k: int, groups: int) -> tuple[tuple[int, Config], ...]:
+    """(most tokens, configuration) of the nearest measured problem, ascending, as a weight [n, k] can take them."""
     from .measured import CONFIGS, TABLE
 
     panels_per_group = -(-n // PANEL_ROWS) // groups
@@ -258,12 +254,10 @@ def _measured(n: int, k: int, groups: int, m: int) -> Config:
         ratio = abs(math.log(problem[0] / n)) + abs(math.log(problem[1] / k))
         return ratio, (problem[2] > 1) != (groups > 1)
 
-    rules = TABLE[min(TABLE, key=distance)]
-    following = next((i for i, rule in enumerate(rules) if rule[0] >= m), len(rules) - 1)
-    config = CONFIGS[rules[following][1]]
-    if config.fits_groups(panels_per_group, groups):
-        return config
-    return ungrouped(config)
+    def fitting(config: Config) -> Config:
+        return config if config.fits_groups(panels_per_group, groups) else ungrouped(config)
+
+    return tuple((most, fitting(CONFIGS[index])) for most, index, _ in TABLE[min(TABLE, key=distance)])
 
 
 def ungrouped(config: Wide) -> Wide:
@@ -308,23 +302,6 @@ def shipped() -> list[Config]:
     invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
     alone = [ungrouped(c) for c in CONFIGS if isinstance(c, Wide) and c.panels * c.multicast > 1]
     return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *alone]))
-
-
-class TilePair:
-    """The tiles of an experts layer's two products, whatever the GPU: `w13` and `w2`."""
-
-    @property
-    def tokens(self) -> int:
-        return self.w13.tokens
-
-    def check_tokens(self) -> None:
-        """Raise ValueError unless both take the same tokens."""
-        if self.w13.tokens != self.w2.tokens:
-            raise ValueError(f"{self}: w13 and w2 must take the same tokens")
-
-    def most_tiles(self, pairs: int, experts: int) -> int:
-        """Tiles the worst routing of `pairs` (token, choice) pairs over `experts` local experts needs."""
-        return (pairs + min(experts, pairs) * (self.tokens - 1)) // self.tokens
 
 
 @dataclass(frozen=True)
@@ -383,6 +360,7 @@ def choose_experts(
     return _measured_experts(experts, hidden, intermediate, mean)
 
 
+@cache
 def chosen_experts(
     hidden: int,
     intermediate: int,
@@ -392,26 +370,28 @@ def chosen_experts(
     max_tokens: int,
     batch_invariant: bool,
 ) -> dict[ExpertTiles, int]:
-    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number of tokens that takes it.
+    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
 
-    Tokens are tried in half powers of two: the rules lie further apart.
-    """
-    found: dict[ExpertTiles, int] = {}
-    halves = {round(2 ** (i / 2)) for i in range(2 * max_tokens.bit_length())}
-    for m in sorted({m for m in halves if m < max_tokens} | {max_tokens}):
-        found.setdefault(choose_experts(hidden, intermediate, m * topk, experts, known, batch_invariant), m)
-    return found
+    def choose_for(m: int) -> ExpertTiles:
+        return choose_experts(hidden, intermediate, m * topk, experts, known, batch_invariant)
+
+    return tile_choice.chosen(choose_for, max_tokens)
+
+
+def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float) -> ExpertTiles:
+    rules = _experts_rules(experts, hidden, intermediate)
+    return min(rules, key=lambda rule: abs(math.log(rule[0] / mean)))[1]
 
 
 @cache
-def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float) -> ExpertTiles:
+def _experts_rules(experts: int, hidden: int, intermediate: int) -> tuple[tuple[float, ExpertTiles], ...]:
+    """(tokens an expert gets on average, tiles) of the nearest measured layer, ascending."""
     from .measured_experts import TABLE, TILES
 
     def distance(layer: tuple[int, int, int]) -> float:
         return sum(abs(math.log(a / b)) for a, b in zip(layer, (experts, hidden, intermediate), strict=True))
 
-    rules = TABLE[min(TABLE, key=distance)]
-    return TILES[min(rules, key=lambda rule: abs(math.log(rule[0] / mean)))[1]]
+    return tuple((mean, TILES[index]) for mean, index, _ in TABLE[min(TABLE, key=distance)])
 
 
 def shipped_expert_tiles() -> list[ExpertTiles]:

@@ -7,6 +7,8 @@ and the sizes alone, until a device has run bench/.
 from dataclasses import dataclass
 from functools import cache
 
+from . import tile_choice
+
 ROWS = 128  # weight rows of a CTA: the lanes of tensor memory
 STEP_K = 256  # of one pipeline stage: four block-scaled MMAs of k = 64, rows of 128 bytes in shared memory
 ATOM_BYTES = 512  # block scales of 128 rows x 64 k
@@ -115,6 +117,7 @@ _TILES = (
     Tile(128, True, 7),
     Tile(256, True, 5),
 )
+FEWEST_TOKENS = min(tile.tokens for tile in _TILES)
 LEAST_STEPS = 2  # of K, that a CTA takes where it is split
 FILL = 1500  # cycles from a tile's first load to its first MMA, and its epilogue
 EXCHANGE = 800  # cycles to send partial sums and add them
@@ -132,9 +135,14 @@ def _cycles(tile: Tile, n: int, k: int, m: int, groups: int) -> float:
     return time + (FILL if tile.split_k == 1 else waves * (FILL + EXCHANGE))
 
 
-@cache
 def choose(n: int, k: int, m: int, groups: int = 1) -> Tile:
     """The tile for out [m, n] with inner dimension k."""
+    # every tile's tokens are a multiple of the fewest, so the model cannot tell numbers between two multiples apart
+    return _choose(n, k, -(-m // FEWEST_TOKENS) * FEWEST_TOKENS, groups)
+
+
+@cache
+def _choose(n: int, k: int, m: int, groups: int) -> Tile:
     steps = -(-k // STEP_K)
     fitting = [
         tile
@@ -144,17 +152,13 @@ def choose(n: int, k: int, m: int, groups: int = 1) -> Tile:
     return min(fitting, key=lambda tile: _cycles(tile, n, k, m, groups))
 
 
+@cache
 def chosen(n: int, k: int, groups: int, max_tokens: int, plain: bool = True) -> dict[Tile, int]:
-    """Every tile `choose` takes for 1 .. max_tokens tokens, each with a small number of tokens that takes it.
+    """Every tile `choose` takes for 1 .. max_tokens tokens, each with the fewest tokens that take it.
 
-    Tokens are tried in half powers of two and one less. Results that are not `plain`, with a bias or of ragged
-    rows, take the same.
+    Results that are not `plain`, with a bias or of ragged rows, take the same.
     """
-    found: dict[Tile, int] = {}
-    halves = {round(2 ** (i / 2)) - odd for i in range(2 * max_tokens.bit_length()) for odd in (0, 1)}
-    for m in sorted({m for m in halves if 0 < m < max_tokens} | {max_tokens}):
-        found.setdefault(choose(n, k, m, groups), m)
-    return found
+    return tile_choice.chosen(lambda m: choose(n, k, m, groups), max_tokens)
 
 
 def shipped() -> list[Tile]:

@@ -6,8 +6,10 @@ bytes, shared memory and the number of SMs, not from measurements.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
-from .tiles import TilePair, token_counts
+from . import tile_choice
+from .tile_choice import TilePair
 
 BLOCK_K = 64  # k of one MMA: four groups of 16, one scale word
 BAND = 32  # rows whose scale words one load brings to a warp; a scale tile is four bands
@@ -165,15 +167,10 @@ def choose(n: int, k: int, m: int, groups: int = 1, plain: bool = True) -> Tile:
     return tiles[0]
 
 
+@cache
 def chosen(n: int, k: int, groups: int, max_tokens: int, plain: bool = True) -> dict[Tile, int]:
-    """Every tile `choose` takes for 1 .. max_tokens tokens, each with a number of tokens that takes it."""
-    found: dict[Tile, int] = {}
-    for m in token_counts(max_tokens):
-        tile = choose(n, k, m, groups, plain)
-        if tile not in found:
-            odd = max(1, m - 1)
-            found[tile] = odd if choose(n, k, odd, groups, plain) == tile else m
-    return found
+    """Every tile `choose` takes for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
+    return tile_choice.chosen(lambda m: choose(n, k, m, groups, plain), max_tokens)
 
 
 def general() -> list[Tile]:
@@ -215,12 +212,10 @@ def choose_experts(pairs: int, known: int) -> ExpertTiles120:
     return next(tiles for most, tiles in _EXPERT_RULES if pairs / known <= most)
 
 
+@cache
 def chosen_experts(topk: int, known: int, max_tokens: int) -> dict[ExpertTiles120, int]:
-    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with a small number that takes it."""
-    found: dict[ExpertTiles120, int] = {}
-    for m in token_counts(max_tokens):
-        found.setdefault(choose_experts(m * topk, known), m)
-    return found
+    """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
+    return tile_choice.chosen(lambda m: choose_experts(m * topk, known), max_tokens)
 
 
 def shipped_expert_tiles() -> list[ExpertTiles120]:
