@@ -11,7 +11,7 @@ import pytest
 import torch
 from script_loader import PROJECT_ROOT, load_script
 
-from cutedsl_nvfp4 import compiled, selfcheck, support
+from cutedsl_nvfp4 import selfcheck, settings, support
 from cutedsl_nvfp4.support import Layout
 
 check_blackwell = load_script("check_blackwell")
@@ -57,8 +57,8 @@ def test_another_gpu_is_told_by_name(gpu, capsys, monkeypatch, tmp_path):
 def test_an_image_without_its_kernels_is_told(gpu, capsys, monkeypatch, tmp_path):
     gpu("NVIDIA B200", (10, 0))
     monkeypatch.setattr(sys, "argv", ["check_blackwell"])
-    monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
-    monkeypatch.setenv(compiled.FORBID_JIT, "1")
+    monkeypatch.setenv(settings.KERNELS, str(tmp_path))
+    monkeypatch.setenv(settings.FORBID_JIT, "1")
     assert check_blackwell.main() == 2
     assert "KERNEL_ARCHITECTURES=sm_100a" in capsys.readouterr().err
 

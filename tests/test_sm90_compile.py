@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cutedsl_nvfp4 import compiled
+from cutedsl_nvfp4 import compiled, settings
 from cutedsl_nvfp4.sm90 import experts, sass
 from cutedsl_nvfp4.sm90.compile import compile_linear
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
@@ -80,15 +80,15 @@ def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
     )
     libraries = [f"{kernel}.so" for kernel in manifest["kernels"]]
     assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", *libraries]
-    monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
-    monkeypatch.setenv(compiled.FORBID_JIT, "1")
+    monkeypatch.setenv(settings.KERNELS, str(tmp_path))
+    monkeypatch.setenv(settings.FORBID_JIT, "1")
     assert callable(compiled.compiled(name, lambda: pytest.fail("compiled although it is there")))
     assert callable(experts.load("nvfp4_experts_sm90_route_8"))
 
 
 def test_forbidden_compilation_names_the_kernel(monkeypatch, tmp_path):
-    monkeypatch.setenv(compiled.FORBID_JIT, "1")
-    monkeypatch.setenv(compiled.KERNELS, str(tmp_path))
+    monkeypatch.setenv(settings.FORBID_JIT, "1")
+    monkeypatch.setenv(settings.KERNELS, str(tmp_path))
     with pytest.raises(RuntimeError, match="no compiled kernel missing_kernel"):
         compiled.compiled("missing_kernel", lambda: pytest.fail("compiled although forbidden"))
 

@@ -3,20 +3,18 @@
 Kernels are compiled against symbolic shapes, so one object serves every M, N and K of its configuration,
 and through TVM FFI: the compiled function takes torch tensors, runs on torch's current stream and spends no
 time in Python. Compiling needs no GPU: the architecture is named, never detected.
-
-    CUTEDSL_NVFP4_KERNELS      folder of folders (one for each architecture) with <name>.so made by `export`
-    CUTEDSL_NVFP4_FORBID_JIT   1: a kernel that is not there is an error, not a compilation
+`settings.kernels_folder` names the libraries, <name>.so made by `export`; `settings.forbids_jit` makes a kernel that
+is not among them an error.
 """
 
 import ctypes
-import os
 import pathlib
 import subprocess
 import threading
 from collections.abc import Callable
+from functools import cache
 
-KERNELS = "CUTEDSL_NVFP4_KERNELS"
-FORBID_JIT = "CUTEDSL_NVFP4_FORBID_JIT"
+from . import settings
 
 _lock = threading.Lock()
 _functions: dict[str, Callable] = {}
@@ -37,14 +35,15 @@ def compiled(name: str, build: Callable[[], Callable]) -> Callable:
     return found
 
 
-def folder() -> pathlib.Path | None:
-    """The folder of kernels compiled ahead of time, where CUTEDSL_NVFP4_KERNELS names one."""
-    named = os.environ.get(KERNELS)
-    return pathlib.Path(named) if named else None
+@cache
+def _libraries_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{name: library} of the kernels below `folder`."""
+    return {path.stem: path for path in folder.rglob("*.so")}
 
 
 def _load(name: str) -> Callable | None:
-    path = next(folder().rglob(f"{name}.so"), None) if folder() else None
+    folder = settings.kernels_folder()
+    path = _libraries_in(folder).get(name) if folder else None
     if path is None:
         return None
     _load_runtime()
@@ -68,10 +67,10 @@ def _load_runtime() -> None:
 
 
 def _build(name: str, build: Callable[[], Callable]) -> Callable:
-    if os.environ.get(FORBID_JIT) == "1":
+    if settings.forbids_jit():
         raise RuntimeError(
-            f"no compiled kernel {name} in {KERNELS}={os.environ.get(KERNELS)!r}, and {FORBID_JIT}=1 forbids "
-            f"compiling one now; compile it ahead of time, or unset {FORBID_JIT}"
+            f"no compiled kernel {name} in {settings.KERNELS}={settings.kernels_folder()}, and "
+            f"{settings.FORBID_JIT}=1 forbids compiling one now; compile it ahead of time, or unset that variable"
         )
     return build()
 

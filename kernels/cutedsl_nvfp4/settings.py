@@ -2,6 +2,11 @@
 
 import os
 from enum import StrEnum
+from pathlib import Path
+
+PREFIX = "CUTEDSL_NVFP4_"
+KERNELS = "CUTEDSL_NVFP4_KERNELS"
+FORBID_JIT = "CUTEDSL_NVFP4_FORBID_JIT"
 
 
 class Implementation(StrEnum):
@@ -57,3 +62,46 @@ def activation_scale() -> ActivationScale:
 
 def self_check() -> SelfCheck:
     return _read("CUTEDSL_NVFP4_SELF_CHECK", SelfCheck, SelfCheck.ON)
+
+
+def kernels_folder() -> Path | None:
+    """CUTEDSL_NVFP4_KERNELS: folder of folders (one for each architecture) of kernels compiled ahead of time."""
+    named = os.environ.get(KERNELS)
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise ValueError(
+            f"{KERNELS}={named!r} is no folder; name one that scripts/compile_kernels wrote, or unset it"
+        )
+    return Path(named)
+
+
+def forbids_jit() -> bool:
+    """CUTEDSL_NVFP4_FORBID_JIT: 1 makes a kernel that was not compiled ahead of time an error; 0 compiles it."""
+    value = os.environ.get(FORBID_JIT, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{FORBID_JIT}={value!r} is not one of: 0, 1")
+    return value == "1"
+
+
+READERS = {
+    "CUTEDSL_NVFP4_IMPL": implementation,
+    "CUTEDSL_NVFP4_ACTIVATIONS": activations,
+    "CUTEDSL_NVFP4_ACTIVATION_SCALE": activation_scale,
+    "CUTEDSL_NVFP4_SELF_CHECK": self_check,
+    KERNELS: kernels_folder,
+    FORBID_JIT: forbids_jit,
+}
+
+
+def check() -> None:
+    """Raise ValueError for a variable that has a wrong value, or that this package does not know.
+
+    Every process calls it at its start: a device that never reads a variable refuses it all the same.
+    """
+    if unknown := sorted(name for name in os.environ if name.startswith(PREFIX) and name not in READERS):
+        raise ValueError(
+            f"{', '.join(unknown)}: no such setting; the settings are {', '.join(sorted(READERS))} (docs/operations.md)"
+        )
+    for read in READERS.values():
+        read()

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from . import compiled, settings
+from . import settings
 
 
 class Layout(StrEnum):
@@ -45,12 +45,12 @@ def _support(operation: str, kernels: dict[int, Layout], device_type: str, capab
     if device_type == "cpu":
         return Support(Layout.PLAIN, "torch reference on the CPU")
     if device_type == "cuda" and capability in kernels:
-        if not compiled.folder() and importlib.util.find_spec("cutlass") is None:
+        if not settings.kernels_folder() and importlib.util.find_spec("cutlass") is None:
             return Support(
                 None,
                 "none",
                 f"nvidia-cutlass-dsl, which compiles the NVFP4 {operation} kernel for sm_{capability}, is not "
-                f"installed, and {compiled.KERNELS} names no kernels compiled ahead of time",
+                f"installed, and {settings.KERNELS} names no kernels compiled ahead of time",
             )
         implementation = f"CuTe DSL sm_{capability}a"
         return Support(kernels[capability], implementation, proven=capability not in NEVER_RUN)

@@ -9,7 +9,7 @@ import pytest
 import test_sm100_experts as emulated
 import torch
 
-from cutedsl_nvfp4 import compiled, reference
+from cutedsl_nvfp4 import compiled, reference, settings
 from cutedsl_nvfp4.format import padded_k, swizzle_scales
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
 from cutedsl_nvfp4.sm100 import experts as shared
@@ -45,7 +45,7 @@ def kernels() -> dict[str, tuple]:
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
     """Kernels compiled with the emulation, activations rounded by torch; what nobody wrote is NaN."""
-    if compiled.folder() is None:
+    if settings.kernels_folder() is None:
         emulated_mma.install()
     monkeypatch.setattr(linear, "arch_of", lambda device: ARCH)
     monkeypatch.setattr(shared, "arch_of", lambda device: ARCH)

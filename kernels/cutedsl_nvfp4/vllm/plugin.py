@@ -6,6 +6,8 @@ import vllm
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
+from .. import settings
+
 VLLM_VERSION = "0.32.0"
 BACKEND = "cutedsl"  # --linear-backend and --moe-backend
 
@@ -35,6 +37,7 @@ def _log_with_vllm() -> None:
 def register() -> None:
     """vllm.general_plugins: put our kernels first. Runs in every process, any number of times."""
     _log_with_vllm()
+    settings.check()
     check_vllm()
     from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS, register_linear_kernel
     from vllm.v1.worker.worker_base import WorkerBase
