@@ -15,13 +15,6 @@ from .model import BOS, CONFIG, EOS, SPECIAL_TOKENS, empty_model, tokenizer
 WEIGHTS = "model.safetensors"
 INPUT_SCALE_HEADROOM = 1.05
 
-# vLLM runs the members of each group as one matrix; their global scales must stay apart.
-FUSED_GROUPS = (
-    ("wq_a.weight", "wkv.weight"),
-    ("wgate.weight", "wkv.weight"),
-    ("w1.weight", "w3.weight"),
-)
-
 
 @torch.no_grad()
 def spread_global_scales(model) -> None:

@@ -2,7 +2,6 @@
 
     nvfp4_linear    out[m, n] = act_scale[m] * row_scale[n] * sum_k x'[m, k] w[n, k] + bias[n]
     nvfp4_experts   out[m] = sum_t topk_weights[m, t] * w2 @ swiglu(w1 @ x, w3 @ x) of expert topk_ids[m, t]
-    nvfp4_quantize  x -> (codes, block_scales)
 
 x' is x (W4A16), or with `quantize_activations` x rounded to NVFP4 (W4A4) with global scale `act_scale`,
 per token where act_scale is None. Weights are the operands prepare.py made for the same device. An op
@@ -12,7 +11,6 @@ never mutates, allocates nothing but its result and scratch, and keeps no state 
 import torch
 
 from . import reference, settings, support
-from .format import GROUP_SIZE, SCALE_DTYPE
 from .sm90 import experts as sm90_experts
 from .sm90 import linear as sm90_linear
 
@@ -157,16 +155,3 @@ def _(x, w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, 
       topk_ids, act_scale_13, act_scale_2, expert_map, quantize_activations, swiglu_limit, out_dtype,
       batch_invariant=False):  # fmt: skip
     return x.new_empty(x.shape, dtype=out_dtype)
-
-
-@torch.library.custom_op("cutedsl::nvfp4_quantize", mutates_args=())
-def nvfp4_quantize(x: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [M, K], global_scale f32 [1] or [M] -> (codes uint8 [M, K/2], block_scales e4m3 [M, K/16])."""
-    _require_kernel(x.device, "nvfp4_quantize")
-    return reference.quantize(x, global_scale.reshape(-1, 1))
-
-
-@nvfp4_quantize.register_fake
-def _(x, global_scale):
-    codes = x.new_empty((x.shape[0], x.shape[1] // 2), dtype=torch.uint8)
-    return codes, x.new_empty((x.shape[0], x.shape[1] // GROUP_SIZE), dtype=SCALE_DTYPE)

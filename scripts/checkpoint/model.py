@@ -25,7 +25,6 @@ _BOTH = {
     "max_position_embeddings": 1048576, "rope_theta": 10000,
 }  # fmt: skip
 KNOWN = {"pro": {**_BOTH, **PRO}, "flash": {**_BOTH, **FLASH}}
-VOCAB_PADDING = 64  # VocabParallelEmbedding pads to this many rows
 ROW_SCALE_BYTES = 4  # our operands carry one f32 per output row
 
 

@@ -102,7 +102,6 @@ class Cluster:
         ]
         for rank, position in enumerate(positions):
             self.ctas.append(Cta(grid, position, rank, self))
-        self.cluster_waiting: set[int] = set()
 
     def start(self, kind: str, work: Callable[[], None]) -> None:
         """Do asynchronous work: now, or after all that warps can do without it."""

@@ -81,10 +81,6 @@ class TensorMap:
             [d + 1 for d in dims[:rank]], strides, [b + 1 for b in boxes[:rank]],
         )  # fmt: skip
 
-    @property
-    def box_bytes(self) -> int:
-        return int(np.prod(self.box)) * self.bits // 8
-
     def offsets(self, coordinates: list[int], limit: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of a box's bytes, in the order of shared memory: (offset from `address`, whether it is in the tensor)."""
         axes = [np.arange(b) + c for b, c in zip(self.box, coordinates)]

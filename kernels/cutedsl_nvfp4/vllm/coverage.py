@@ -8,7 +8,6 @@ cannot be told from others by value.
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch.nn import Module, Parameter
 
@@ -23,11 +22,6 @@ OPTIONAL_PARAMETERS = (
 UNREAD_TENSORS = ((r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),)
 
 LISTED = 10  # names shown in an error
-
-
-def tensor_names(files: Iterable[str | Path]) -> set[str]:
-    """Names of all tensors in safetensors `files`, from their headers, once files and index are checked."""
-    return set(read_checkpoint(files))
 
 
 def _place(name: str, parameters: set[str]) -> tuple[str, str] | None:
