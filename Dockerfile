@@ -13,11 +13,11 @@ RUN set -eux; \
 FROM ${BASE_IMAGE} AS compiled
 ARG KERNEL_ARCHITECTURES=none
 COPY kernels/ /src/
-COPY scripts/compile_kernels /src/scripts/
+COPY devtools/kernels/compile.py /src/scripts/
 RUN set -eux; \
     mkdir /compiled; \
     IFS=,; for arch in ${KERNEL_ARCHITECTURES}; do \
-        [ "${arch}" = none ] || PYTHONPATH=/src python3 -B /src/scripts/compile_kernels "/compiled/${arch}" --arch "${arch}"; \
+        [ "${arch}" = none ] || PYTHONPATH=/src python3 -B /src/devtools/kernels/compile.py "/compiled/${arch}" --arch "${arch}"; \
     done; \
     ls -l /compiled
 
@@ -27,11 +27,11 @@ ARG SOURCE_DATE_EPOCH=0
 
 # --chmod: what any user can read, and one image, whatever the umask of the clone
 COPY --chmod=755 patches/ /opt/cutedsl_nvfp4/patches/
-COPY --chmod=755 scripts/apply_patches scripts/patch_series.py scripts/register_kernels scripts/import_patched \
-     scripts/check_labels /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 devtools/patches/apply.py devtools/patches/series.py devtools/image/register_kernels.py devtools/image/import_patched.py \
+     devtools/image/check_labels.py /opt/cutedsl_nvfp4/scripts/
 RUN set -eux; \
-    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches; \
-    python3 -B /opt/cutedsl_nvfp4/scripts/apply_patches --check
+    python3 -B /opt/cutedsl_nvfp4/devtools/patches/apply.py; \
+    python3 -B /opt/cutedsl_nvfp4/devtools/patches/apply.py --check
 
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     set -eux; \
@@ -50,20 +50,20 @@ ARG PATCHES_SHA256=unknown
 ARG KERNEL_ARCHITECTURES=none
 RUN set -eux; \
     export HOME=/tmp/home PYTHONDONTWRITEBYTECODE=1; \
-    python3 /opt/cutedsl_nvfp4/scripts/import_patched; \
-    python3 /opt/cutedsl_nvfp4/scripts/register_kernels; \
+    python3 /opt/cutedsl_nvfp4/devtools/image/import_patched.py; \
+    python3 /opt/cutedsl_nvfp4/devtools/image/register_kernels.py; \
     python3 -c 'import os, sys; built = os.listdir(sys.argv[1]) or ["none"]; assert sorted(sys.argv[2].split(",")) == sorted(built), built' \
         /opt/cutedsl_nvfp4/compiled "${KERNEL_ARCHITECTURES}"; \
-    python3 /opt/cutedsl_nvfp4/scripts/check_labels "${VLLM_VERSION}" "${PATCHES_SHA256}"; \
+    python3 /opt/cutedsl_nvfp4/devtools/image/check_labels.py "${VLLM_VERSION}" "${PATCHES_SHA256}"; \
     find /tmp -mindepth 1 -delete; \
     ls -A /tmp
 
 # The smoke test needs Python alone: `docker compose run --rm smoke`.
-COPY --chmod=755 scripts/smoke_test /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 scripts/smoke_test.py /opt/cutedsl_nvfp4/scripts/
 COPY --chmod=755 scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
 # Making checkpoints: docs/convert.md.
-COPY --chmod=755 scripts/convert_checkpoint scripts/calibrate_checkpoint scripts/compare_checkpoints \
-     scripts/inspect_checkpoint scripts/plan_memory /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 scripts/convert_checkpoint.py scripts/calibrate_checkpoint.py scripts/compare_checkpoints.py \
+     scripts/inspect_checkpoint.py scripts/plan_memory.py /opt/cutedsl_nvfp4/scripts/
 COPY --chmod=755 scripts/checkpoint/ /opt/cutedsl_nvfp4/scripts/checkpoint/
 
 # vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.

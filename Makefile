@@ -13,7 +13,7 @@ export PYTHON
 endif
 
 # ruff finds the scripts without suffix through pyproject.toml
-SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base scripts/write_sbom
+SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base devtools/image/write_sbom.sh
 
 # the name compose reads from .env too
 IMAGE ?= $(or $(shell sed -n 's/^IMAGE=//p' .env 2>/dev/null),vllm-cutedsl-nvfp4)
@@ -21,7 +21,7 @@ SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
 # PORT and IMAGE are exported to compose only if they were asked for: the environment outranks .env
-COMPOSE := arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker compose
+COMPOSE := arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments docker compose
 
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
@@ -31,10 +31,10 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the background
-	@$(PYTHON) scripts/demo_server start --port $(PORT)
+	@$(PYTHON) devtools/setup/demo_server.py start --port $(PORT)
 
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
-	@arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
+	@arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
 
 up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
 	@$(COMPOSE) up --wait $(ARGS)
@@ -46,20 +46,20 @@ logs:  ## follow the log of the image's server
 	@docker compose logs --follow --tail 200 vllm
 
 down:  ## stop the demo server, and the image's services where Docker runs
-	@$(PYTHON) scripts/demo_server stop
+	@$(PYTHON) devtools/setup/demo_server.py stop
 	@if docker info >/dev/null 2>&1; then docker compose --profile '*' down; fi
 
 pin:  ## ask the registry for the digests of the base images and write them to versions.env
-	@$(PYTHON) scripts/pin_images
+	@$(PYTHON) devtools/image/pin.py
 
 sbom:  ## write what IMAGE:TARGET contains to SBOM (SPDX); needs syft
-	@SYFT=$(SYFT) scripts/write_sbom $(IMAGE):$(TARGET) $(SBOM)
+	@SYFT=$(SYFT) devtools/image/write_sbom.sh $(IMAGE):$(TARGET) $(SBOM)
 
-smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test
-	@$(PYTHON) scripts/smoke_test --base-url $(BASE_URL) $(ARGS)
+smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test.py
+	@$(PYTHON) scripts/smoke_test.py --base-url $(BASE_URL) $(ARGS)
 
-plan:  ## fit a model on GPUs, with flags: make plan MODEL=pro GPUS=8xH200; ARGS go to scripts/plan_memory
-	@$(PYTHON) scripts/plan_memory $(or $(MODEL),pro) $(or $(GPUS),8xH200) $(ARGS)
+plan:  ## fit a model on GPUs, with flags: make plan MODEL=pro GPUS=8xH200; ARGS go to scripts/plan_memory.py
+	@$(PYTHON) scripts/plan_memory.py $(or $(MODEL),pro) $(or $(GPUS),8xH200) $(ARGS)
 
 test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
@@ -67,26 +67,26 @@ test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 lint: setup-dev  ## check style, shell, Dockerfile, patches and layers; changes nothing
 	@$(VENV)/ruff check . && $(VENV)/ruff format --check .
 	@$(VENV)/shellcheck $(SHELL_SCRIPTS) && $(VENV)/hadolint Dockerfile
-	@$(VENV)/python scripts/lint_patches && $(VENV)/python scripts/lint_layering
+	@$(VENV)/python devtools/patches/lint.py && $(VENV)/python devtools/kernels/lint_layering.py
 
 fmt: setup-dev  ## rewrite what ruff can
 	@$(VENV)/ruff check --fix . ; $(VENV)/ruff format .
 
 setup:  ## make or refresh .venv: torch, vLLM, this project, its patches
-	@$(PYTHON) scripts/setup_env
+	@$(PYTHON) devtools/setup/setup_env.py
 
 setup-dev:
-	@$(PYTHON) scripts/setup_env --dev
+	@$(PYTHON) devtools/setup/setup_env.py --dev
 
 patches-check: setup  ## try the patches on another vLLM: make patches-check VERSION=0.33.0
 	@$(if $(VERSION),,$(error name the vLLM release: make patches-check VERSION=0.33.0))
-	@$(VENV)/python scripts/check_patches --version $(VERSION) $(ARGS)
+	@$(VENV)/python devtools/patches/check.py --version $(VERSION) $(ARGS)
 
 bench-check:  ## every speed bar of the GPU kernels with its measured figure; fails where one is missed
 	@$(PYTHON) bench/report.py docs/results/h200_linear.json docs/results/h200_experts.json --bars
 
 train-demo: setup-dev  ## train demo/ again from its recipe
-	@$(VENV)/python scripts/train_demo $(ARGS)
+	@$(VENV)/python devtools/demo/train.py $(ARGS)
 
 clean: down  ## stop the server and delete .venv, .demo and .cache
 	@rm -rf .venv .demo .cache .pytest_cache .ruff_cache .hypothesis

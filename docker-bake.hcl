@@ -1,5 +1,5 @@
 # The images: `make build` (this machine's architecture), `docker buildx bake release` (amd64 and arm64).
-# `make build` sets the variables: base images from versions.env, the rest from scripts/image_arguments.
+# `make build` sets the variables: base images from versions.env, the rest from devtools/image/arguments.py.
 
 variable "VLLM_IMAGE" { default = "vllm/vllm-openai:v0.32.0" }
 variable "VLLM_CPU_IMAGE" { default = "vllm/vllm-openai-cpu:v0.32.0" }

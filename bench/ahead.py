@@ -15,13 +15,14 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import candidates
 import torch
-from shapes import EXPERT_CASES, EXPERT_TOKENS
 
+from bench import candidates
+from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from cutedsl_nvfp4 import compiled
-from cutedsl_nvfp4.sm90 import experts, linear, sass
+from cutedsl_nvfp4.sm90 import experts, linear
 from cutedsl_nvfp4.sm90.compile import compile_linear
+from devtools.kernels.sass import sm90 as sass
 
 Kernel = tuple[Callable, object, bool]  # what compiles it, its tiles, whether it is an experts kernel
 

@@ -1,13 +1,13 @@
-"""Tile configurations the tuning run tries. bench/tune.py measures them, tiles.py keeps the winners."""
+"""Tile configurations the tuning run tries. bench/linear/tune.py measures them, tiles.py keeps the winners."""
 
 from dataclasses import replace
 
-from cutedsl_nvfp4.tiles import Config, Narrow, Wide
+from cutedsl_nvfp4.sm90.tiles import LinearTile, NarrowTile, WideTile
 
 SPLITS = (1, 2, 4, 8)
 
 
-def _legal(configs) -> list[Config]:
+def _legal(configs) -> list[LinearTile]:
     legal = []
     for config in configs:
         try:
@@ -18,11 +18,11 @@ def _legal(configs) -> list[Config]:
     return legal
 
 
-def _signalled(configs: list[Config]) -> list[Config]:
+def _signalled(configs: list[LinearTile]) -> list[LinearTile]:
     return [replace(config, signal=True) for config in configs if config.split_k > 1]
 
 
-def narrow() -> list[Config]:
+def narrow() -> list[LinearTile]:
     """For few tokens: K over warps and a cluster, several CTAs an SM."""
     pipelines = (
         (1, 2, 4),
@@ -38,27 +38,27 @@ def narrow() -> list[Config]:
         (2, 2, 7),
     )
     configs = _legal(
-        Narrow(tokens, k_warps, blocks, stages, split)
+        NarrowTile(tokens, k_warps, blocks, stages, split)
         for tokens in (8, 16)
         for k_warps, blocks, stages in pipelines
         for split in SPLITS
-    ) + _legal(Narrow(32, k_warps, 1, 4, split) for k_warps in (2, 4) for split in SPLITS)
+    ) + _legal(NarrowTile(32, k_warps, 1, 4, split) for k_warps in (2, 4) for split in SPLITS)
     return configs + _signalled(configs)
 
 
-def wide() -> list[Config]:
+def wide() -> list[LinearTile]:
     """For many tokens: small tiles that share K over a cluster, and large ones that fill the machine."""
     small = _legal(
-        Wide(panels, tokens, 2, stages, split)
+        WideTile(panels, tokens, 2, stages, split)
         for panels in (1, 2)
         for tokens, stages in ((16, 4), (16, 8), (32, 5), (64, 4), (96, 4), (128, 3))
         for split in SPLITS
     )
     small += _legal(
-        Wide(1, tokens, 2, stages, split) for tokens, stages in ((32, 12), (64, 8)) for split in (1, 2, 4)
+        WideTile(1, tokens, 2, stages, split) for tokens, stages in ((32, 12), (64, 8)) for split in (1, 2, 4)
     )
     small += _legal(
-        Wide(3, tokens, blocks, stages, split)
+        WideTile(3, tokens, blocks, stages, split)
         for tokens, blocks, stages in (
             (64, 2, 6),
             (64, 2, 5),
@@ -71,81 +71,81 @@ def wide() -> list[Config]:
     )
     large = _legal(
         [
-            Wide(2, 128, 2, 4),
-            Wide(2, 128, 2, 4, persistent=True),
-            Wide(2, 128, 2, 4, persistent=True, multicast=2),
-            Wide(1, 128, 2, 2, ctas_per_sm=2),
-            Wide(1, 128, 1, 4, ctas_per_sm=2, persistent=True),
-            Wide(1, 192, 1, 3, ctas_per_sm=2),
-            Wide(1, 192, 1, 3, ctas_per_sm=2, persistent=True),
-            Wide(2, 64, 2, 3, ctas_per_sm=2),
-            Wide(2, 96, 1, 5, ctas_per_sm=2),
-            Wide(2, 192, 1, 6, persistent=True),
-            Wide(2, 192, 2, 3, persistent=True),
-            Wide(2, 192, 2, 3, persistent=True, multicast=2),
-            Wide(2, 256, 1, 5),
-            Wide(2, 256, 1, 5, persistent=True),
-            Wide(2, 256, 1, 5, persistent=True, multicast=2),
-            Wide(2, 256, 1, 4, 2),
-            Wide(2, 256, 1, 4, 4),
-            Wide(2, 192, 1, 5, 2),
-            Wide(2, 160, 1, 7),
-            Wide(2, 224, 1, 5),
-            Wide(2, 160, 1, 5, 2),
-            Wide(3, 128, 2, 4, persistent=True),
-            Wide(3, 160, 1, 7),
-            Wide(3, 192, 1, 6),
-            Wide(3, 192, 1, 6, persistent=True),
-            Wide(2, 64, 2, 3, 2, ctas_per_sm=2),
-            Wide(2, 64, 1, 6, 2, ctas_per_sm=2),
-            Wide(1, 64, 2, 4, 2, ctas_per_sm=2),
-            Wide(1, 128, 1, 4, 2, ctas_per_sm=2),
-            Wide(1, 64, 4, 4, 2),
-            Wide(2, 64, 1, 8, 2),
-            Wide(2, 96, 1, 8, 2),
-            Wide(2, 128, 1, 7, 2),
-            Wide(1, 128, 1, 6, 2),
-            Wide(2, 128, 1, 6, 4),
-            Wide(2, 160, 1, 5, 4),
-            Wide(2, 192, 1, 4, 4),
-            Wide(3, 96, 1, 6, 4),
-            Wide(3, 128, 1, 5, 4),
-            Wide(2, 96, 1, 8),
-            Wide(2, 96, 2, 5, persistent=True, bulk=True),
-            Wide(3, 96, 1, 8),
-            Wide(3, 96, 2, 4, persistent=True, bulk=True),
-            Wide(2, 160, 1, 7, persistent=True, bulk=True),
-            Wide(2, 224, 1, 5, persistent=True, bulk=True),
+            WideTile(2, 128, 2, 4),
+            WideTile(2, 128, 2, 4, persistent=True),
+            WideTile(2, 128, 2, 4, persistent=True, multicast=2),
+            WideTile(1, 128, 2, 2, ctas_per_sm=2),
+            WideTile(1, 128, 1, 4, ctas_per_sm=2, persistent=True),
+            WideTile(1, 192, 1, 3, ctas_per_sm=2),
+            WideTile(1, 192, 1, 3, ctas_per_sm=2, persistent=True),
+            WideTile(2, 64, 2, 3, ctas_per_sm=2),
+            WideTile(2, 96, 1, 5, ctas_per_sm=2),
+            WideTile(2, 192, 1, 6, persistent=True),
+            WideTile(2, 192, 2, 3, persistent=True),
+            WideTile(2, 192, 2, 3, persistent=True, multicast=2),
+            WideTile(2, 256, 1, 5),
+            WideTile(2, 256, 1, 5, persistent=True),
+            WideTile(2, 256, 1, 5, persistent=True, multicast=2),
+            WideTile(2, 256, 1, 4, 2),
+            WideTile(2, 256, 1, 4, 4),
+            WideTile(2, 192, 1, 5, 2),
+            WideTile(2, 160, 1, 7),
+            WideTile(2, 224, 1, 5),
+            WideTile(2, 160, 1, 5, 2),
+            WideTile(3, 128, 2, 4, persistent=True),
+            WideTile(3, 160, 1, 7),
+            WideTile(3, 192, 1, 6),
+            WideTile(3, 192, 1, 6, persistent=True),
+            WideTile(2, 64, 2, 3, 2, ctas_per_sm=2),
+            WideTile(2, 64, 1, 6, 2, ctas_per_sm=2),
+            WideTile(1, 64, 2, 4, 2, ctas_per_sm=2),
+            WideTile(1, 128, 1, 4, 2, ctas_per_sm=2),
+            WideTile(1, 64, 4, 4, 2),
+            WideTile(2, 64, 1, 8, 2),
+            WideTile(2, 96, 1, 8, 2),
+            WideTile(2, 128, 1, 7, 2),
+            WideTile(1, 128, 1, 6, 2),
+            WideTile(2, 128, 1, 6, 4),
+            WideTile(2, 160, 1, 5, 4),
+            WideTile(2, 192, 1, 4, 4),
+            WideTile(3, 96, 1, 6, 4),
+            WideTile(3, 128, 1, 5, 4),
+            WideTile(2, 96, 1, 8),
+            WideTile(2, 96, 2, 5, persistent=True, bulk=True),
+            WideTile(3, 96, 1, 8),
+            WideTile(3, 96, 2, 4, persistent=True, bulk=True),
+            WideTile(2, 160, 1, 7, persistent=True, bulk=True),
+            WideTile(2, 224, 1, 5, persistent=True, bulk=True),
         ]
         + [
             replace(config, bulk=True, lag=lag)
             for config, lags in (
-                (Wide(2, 128, 2, 4, persistent=True), (0, 1)),
-                (Wide(2, 192, 1, 6, persistent=True), (0, 2)),
-                (Wide(2, 256, 1, 5, persistent=True), (0, 1, 2)),
-                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (0, 2)),
-                (Wide(3, 128, 2, 4, persistent=True), (0, 1)),
-                (Wide(3, 160, 1, 7, persistent=True), (0, 1)),
-                (Wide(3, 192, 1, 6, persistent=True), (0, 1)),
-                (Wide(3, 192, 1, 6, persistent=True, multicast=2), (0, 1)),
+                (WideTile(2, 128, 2, 4, persistent=True), (0, 1)),
+                (WideTile(2, 192, 1, 6, persistent=True), (0, 2)),
+                (WideTile(2, 256, 1, 5, persistent=True), (0, 1, 2)),
+                (WideTile(2, 256, 1, 5, persistent=True, multicast=2), (0, 2)),
+                (WideTile(3, 128, 2, 4, persistent=True), (0, 1)),
+                (WideTile(3, 160, 1, 7, persistent=True), (0, 1)),
+                (WideTile(3, 192, 1, 6, persistent=True), (0, 1)),
+                (WideTile(3, 192, 1, 6, persistent=True, multicast=2), (0, 1)),
             )
             for lag in lags
         ]
-        + [Wide(2, 256, 1, 5, persistent=True, lag=2)]
+        + [WideTile(2, 256, 1, 5, persistent=True, lag=2)]
         + [
             replace(config, tail=tail)
             for config, tails in (
-                (Wide(2, 128, 1, 8, persistent=True, bulk=True), (64,)),
-                (Wide(2, 192, 1, 6, persistent=True), (64,)),
-                (Wide(2, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
-                (Wide(2, 256, 1, 5, persistent=True), (64, 128)),
-                (Wide(2, 256, 1, 5, persistent=True, bulk=True), (64, 128)),
-                (Wide(2, 256, 1, 5, persistent=True, lag=1, bulk=True), (128,)),
-                (Wide(2, 256, 1, 5, persistent=True, multicast=2), (128,)),
-                (Wide(2, 256, 1, 5, persistent=True, multicast=2, lag=2, bulk=True), (128,)),
-                (Wide(3, 128, 1, 7, persistent=True, bulk=True), (64,)),
-                (Wide(3, 192, 1, 6, persistent=True), (64,)),
-                (Wide(3, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
+                (WideTile(2, 128, 1, 8, persistent=True, bulk=True), (64,)),
+                (WideTile(2, 192, 1, 6, persistent=True), (64,)),
+                (WideTile(2, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
+                (WideTile(2, 256, 1, 5, persistent=True), (64, 128)),
+                (WideTile(2, 256, 1, 5, persistent=True, bulk=True), (64, 128)),
+                (WideTile(2, 256, 1, 5, persistent=True, lag=1, bulk=True), (128,)),
+                (WideTile(2, 256, 1, 5, persistent=True, multicast=2), (128,)),
+                (WideTile(2, 256, 1, 5, persistent=True, multicast=2, lag=2, bulk=True), (128,)),
+                (WideTile(3, 128, 1, 7, persistent=True, bulk=True), (64,)),
+                (WideTile(3, 192, 1, 6, persistent=True), (64,)),
+                (WideTile(3, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
             )
             for tail in tails
         ]
@@ -153,7 +153,7 @@ def wide() -> list[Config]:
     return small + large + _signalled(small + large)
 
 
-def estimate(config: Config, panels: int, k: int, m: int, sms: int = 132) -> float:
+def estimate(config: LinearTile, panels: int, k: int, m: int, sms: int = 132) -> float:
     """Clocks of the SM with most to do: what decides between wide tiles, within about 15%.
 
     A k block costs its wgmmas (4096 multiply-adds a clock, the less overlapped the fewer tokens a decoded weight
@@ -171,7 +171,7 @@ def estimate(config: Config, panels: int, k: int, m: int, sms: int = 132) -> flo
     tiles = -(-panels // config.panels) * -(-m // config.tokens)
     slots = sms if config.split_k < 4 else sms * 9 // 10
     whole, rest = divmod(tiles * config.split_k, slots)
-    parts = config.tokens // config.tail if isinstance(config, Wide) and config.tail else 1
+    parts = config.tokens // config.tail if isinstance(config, WideTile) and config.tail else 1
     if rest * parts <= (parts - 1) * slots:
         clocks = whole * block(config.tokens) + -(-rest * parts // slots) * block(
             config.tail or config.tokens
@@ -181,25 +181,26 @@ def estimate(config: Config, panels: int, k: int, m: int, sms: int = 132) -> flo
     return clocks * (-(-k // 64) / config.split_k) + 6000 + 3500 * (config.split_k > 1)
 
 
-def experts(mean: float) -> list[list[Config]]:
+def experts(mean: float) -> list[list[LinearTile]]:
     """Tiles for experts that get `mean` tokens, by tokens of a tile: w13 and w2 take one each of a list."""
     lists = [
-        [Narrow(8, 2, 2, 4, split) for split in (1, 2, 4)] + [Narrow(8, 2, 2, 3), Narrow(8, 1, 2, 6)],
-        [Narrow(16, 2, 2, 3), Narrow(16, 1, 2, 5)],
-        [Narrow(24, 2, 1, 4), Narrow(24, 1, 1, 6)],
+        [NarrowTile(8, 2, 2, 4, split) for split in (1, 2, 4)]
+        + [NarrowTile(8, 2, 2, 3), NarrowTile(8, 1, 2, 6)],
+        [NarrowTile(16, 2, 2, 3), NarrowTile(16, 1, 2, 5)],
+        [NarrowTile(24, 2, 1, 4), NarrowTile(24, 1, 1, 6)],
         [
-            Narrow(32, 1, 1, 6),
-            Wide(2, 32, 2, 4, ctas_per_sm=2, persistent=True),
-            Wide(4, 32, 1, 5, ctas_per_sm=2, persistent=True),
-            Wide(4, 32, 2, 6, persistent=True),
+            NarrowTile(32, 1, 1, 6),
+            WideTile(2, 32, 2, 4, ctas_per_sm=2, persistent=True),
+            WideTile(4, 32, 1, 5, ctas_per_sm=2, persistent=True),
+            WideTile(4, 32, 2, 6, persistent=True),
         ],
         [
-            Wide(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
-            Wide(4, 64, 1, 8, persistent=True),
-            Wide(4, 64, 2, 5, persistent=True),
+            WideTile(2, 64, 2, 3, ctas_per_sm=2, persistent=True),
+            WideTile(4, 64, 1, 8, persistent=True),
+            WideTile(4, 64, 2, 5, persistent=True),
         ],
-        [Wide(2, 96, 1, 5, ctas_per_sm=2, persistent=True), Wide(4, 96, 1, 8, persistent=True)],
-        [Wide(4, 128, 1, 7, persistent=True)],
+        [WideTile(2, 96, 1, 5, ctas_per_sm=2, persistent=True), WideTile(4, 96, 1, 8, persistent=True)],
+        [WideTile(4, 128, 1, 7, persistent=True)],
     ]
     least = {8: 0, 16: 1, 24: 6, 32: 6, 64: 6, 96: 12, 128: 24}
     most = {8: 8, 16: 20, 24: 30, 32: 60, 64: 150}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bench rows -> a Markdown table a run, and every bar with its figure; exits 1 where one is missed.
 
-python3 bench/report.py ROWS.json... > docs/results/h200_linear.md    rows of bench/linear.py, or of bench/experts.py
+python3 bench/report.py ROWS.json... > docs/results/h200_linear.md    rows of bench/linear/measure.py, or of bench/experts/measure.py
 python3 bench/report.py ROWS.json... --bars                           the bars alone, of both (make bench-check)
 
 A file holds one run or {"runs": [...]}, oldest first. The bars take a problem's row of the newest run that has

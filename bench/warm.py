@@ -14,7 +14,7 @@ out. A linear takes less than 1 GB, a case up to 15 GB. The timed run must see t
                         CUDA's and Humming's headers and modification times of the latter; which tiles it
                         takes depends on the GPU's memory bandwidth.
 
-This project's own kernels come from scripts/compile_kernels through CUTEDSL_NVFP4_KERNELS.
+This project's own kernels come from devtools/kernels/compile.py through CUTEDSL_NVFP4_KERNELS.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 
 import torch
-from expert_peers import EXPERT_PEERS
-from experts import random_experts, routed_inputs
-from linear import GLOBAL_SCALE
-from peers import PEERS
-from shapes import EXPERT_CASES, EXPERT_TOKENS, TOKENS, ExpertCase, Shape, selected_shapes
-from tune import random_weights
+
+from bench.experts.measure import random_experts, routed_inputs
+from bench.experts.peers import EXPERT_PEERS
+from bench.linear.measure import GLOBAL_SCALE
+from bench.linear.peers import PEERS
+from bench.linear.tune import random_weights
+from bench.shapes import EXPERT_CASES, EXPERT_TOKENS, TOKENS, ExpertCase, Shape, selected_shapes
 
 Task = tuple[Shape | ExpertCase, type, Sequence[int]]  # what to run, on which peer, at which token counts
 

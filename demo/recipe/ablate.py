@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 
 from cutedsl_nvfp4 import format as nvfp4
-
-from . import expected, names, rounding, texts
-from .export import model_of, stored_input_scales
+from recipe import expected, names, rounding, texts
+from recipe.export import model_of, stored_input_scales
 
 Tensors = dict[str, torch.Tensor]
 

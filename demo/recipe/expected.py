@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import texts
-from .model import EOS, tokenizer
+from recipe import texts
+from recipe.model import EOS, tokenizer
 
 TOLERANCE = {"mean_abs_dlogp_w4a16": 0.06, "mean_abs_dlogp_w4a4": 0.25}
 

@@ -8,9 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from cutedsl_nvfp4 import format as nvfp4
 from cutedsl_nvfp4 import reference
-
-from . import names, rounding
-from .model import BOS, CONFIG, EOS, SPECIAL_TOKENS, empty_model, tokenizer
+from recipe import names, rounding
+from recipe.model import BOS, CONFIG, EOS, SPECIAL_TOKENS, empty_model, tokenizer
 
 WEIGHTS = "model.safetensors"
 INPUT_SCALE_HEADROOM = 1.05

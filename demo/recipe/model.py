@@ -5,7 +5,7 @@ import math
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from .names import transformers_config
+from recipe.names import transformers_config
 
 SPECIAL_TOKENS = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>",

@@ -6,8 +6,7 @@ import torch
 
 from cutedsl_nvfp4 import format as nvfp4
 from cutedsl_nvfp4 import reference
-
-from .names import FROM_TRANSFORMERS, QUANTIZED
+from recipe.names import FROM_TRANSFORMERS, QUANTIZED
 
 
 def round_to_nvfp4(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import attention, export, rounding, texts
-from .model import EOS, initialised_model, tokenizer
+from recipe import attention, export, rounding, texts
+from recipe.model import EOS, initialised_model, tokenizer
 
 WARMUP_STEPS = 20
 ACTIVATION_SCALES = (("per token", 1.0), ("per tensor", 1.0), ("per tensor", 2.0))

@@ -71,7 +71,7 @@ def kernels_folder() -> Path | None:
         return None
     if not Path(named).is_dir():
         raise ValueError(
-            f"{KERNELS}={named!r} is no folder; name one that scripts/compile_kernels wrote, or unset it"
+            f"{KERNELS}={named!r} is no folder; name one that devtools/kernels/compile.py wrote, or unset it"
         )
     return Path(named)
 

@@ -1,1 +1,1 @@
-"""The checks of scripts/smoke_test; docs/smoke-test.md says what each proves."""
+"""The checks of scripts/smoke_test.py; docs/smoke-test.md says what each proves."""

@@ -7,14 +7,14 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .kernels import quantizes_activations
-from .run import Run, bad_logprobs, first_difference
-from .verdicts import CannotRun, Red, Skipped
+from scripts.smoke.kernels import quantizes_activations
+from scripts.smoke.run import Run, bad_logprobs, first_difference
+from scripts.smoke.verdicts import CannotRun, Red, Skipped
 
 
 def load_expected(path: Path) -> dict:
     """Read and check expected.json."""
-    remedy = "write it again with scripts/train_demo, or pass another --expected FILE"
+    remedy = "write it again with devtools/demo/train.py, or pass another --expected FILE"
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

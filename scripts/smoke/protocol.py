@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from .client import expect_ok, parse_json
-from .run import Run, bad_logprobs, first_choice, first_difference, message_text
-from .verdicts import Red, Skipped, TimedOut
+from scripts.smoke.client import expect_ok, parse_json
+from scripts.smoke.run import Run, bad_logprobs, first_choice, first_difference, message_text
+from scripts.smoke.verdicts import Red, Skipped, TimedOut
 
 
 def health(run: Run) -> tuple[str, str]:

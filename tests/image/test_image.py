@@ -11,8 +11,8 @@ import urllib.request
 import pytest
 from container import COMPOSE, ROOT, Service, run
 
-from patch_series import read_series
-from pins import read_pins
+from devtools.patches.series import read_series
+from devtools.setup.pins import read_pins
 
 pytestmark = pytest.mark.image
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.image
 def test_the_real_patched_vllm_serves(service: Service):
     version = service.execute("python3", "-c", "import vllm; print(vllm.__version__)")
     assert version.splitlines()[-1].split("+")[0] == read_pins()["VLLM_VERSION"]
-    service.execute("python3", "/opt/cutedsl_nvfp4/scripts/apply_patches", "--check")
+    service.execute("python3", "/opt/cutedsl_nvfp4/devtools/patches/apply.py", "--check")
 
 
 @pytest.mark.parametrize("tool", ["convert", "calibrate", "compare", "inspect"])
@@ -99,7 +99,7 @@ def test_an_ordinary_user_can_serve(service: Service):
     image = service.inspect()["Config"]["Image"]
     said = run(
         "docker", "run", "--rm", "--network", "none", "--user", "2000:2000", "--entrypoint", "sh", image,
-        "-ec", "touch /cache/models/x /cache/jit/x; id -u; exec python3 /opt/cutedsl_nvfp4/scripts/register_kernels",
+        "-ec", "touch /cache/models/x /cache/jit/x; id -u; exec python3 /opt/cutedsl_nvfp4/devtools/image/register_kernels.py",
     )  # fmt: skip
     assert said.splitlines()[0] == "2000"
     assert said.splitlines()[-1] == "ours is first"

@@ -7,7 +7,7 @@ import sys
 import pytest
 from container import ROOT, run
 
-import pins
+from devtools.setup import pins
 
 pytestmark = pytest.mark.image
 
@@ -52,7 +52,7 @@ def test_pin_writes_what_the_registry_says(pushed: str, tmp_path):
     table.write_text(before)
 
     def pin(*arguments: str) -> int:
-        return subprocess.run([sys.executable, tmp_path / "scripts/pin_images", *arguments]).returncode
+        return subprocess.run([sys.executable, tmp_path / "devtools/image/pin.py", *arguments]).returncode
 
     assert pin("--check") == 1
     assert table.read_text() == before

@@ -27,7 +27,7 @@ from types import ModuleType
 
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 # where a checkout keeps `kernels(arch)`, the list of what is shipped
-COMPILERS = ("devtools/kernels/compile.py", "scripts/compile_kernels")
+COMPILERS = ("devtools/kernels/compile.py", "devtools/kernels/compile.py")
 
 _LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(.*?;))")
 _SYMBOL = re.compile(r"\((?!\.L_x_)[\w.$@]+\)")

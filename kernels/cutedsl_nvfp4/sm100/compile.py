@@ -7,10 +7,10 @@ import cutlass.cute as cute
 import torch
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
+from ..blackwell.quantize_kernel import Quantize
 from ..compiled import compile_kernel
-from ..tiles100 import Tile
-from .matmul import BlockScaledLinear
-from .quantizer import Quantize
+from .linear_kernel import LinearKernel
+from .tiles import LinearTile
 
 _CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
 
@@ -31,7 +31,7 @@ def _vector(element, length) -> object:
     return make_fake_compact_tensor(element, (length,), assumed_align=4)
 
 
-def compile_linear(tile: Tile, out_dtype: torch.dtype, arch: str, options: str = "") -> Callable:
+def compile_linear(tile: LinearTile, out_dtype: torch.dtype, arch: str, options: str = "") -> Callable:
     """Compile one tile for `arch`, "sm_100a" or "sm_103a".
 
     The result is called as f(codes, scales, x codes, x scales, act_scale, row_scale, bias, out, groups, stride of
@@ -45,7 +45,7 @@ def compile_linear(tile: Tile, out_dtype: torch.dtype, arch: str, options: str =
         _vector(cutlass.Float32, n), _vector(cutlass.Float32, n), out, *numbers,
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )  # fmt: skip
-    return compile_kernel(BlockScaledLinear(tile), *arguments, arch=arch, options=options)
+    return compile_kernel(LinearKernel(tile), *arguments, arch=arch, options=options)
 
 
 def compile_quantize(dynamic: bool, arch: str, options: str = "") -> Callable:

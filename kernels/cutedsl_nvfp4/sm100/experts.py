@@ -17,18 +17,12 @@ from functools import cache
 
 import torch
 
+from ..blackwell.quantize import arch_of, arch_of_name
 from ..compiled import compiled
-from ..expert_tiles100 import (
-    ExpertTiles100,
-    Grouped,
-    choose_experts,
-    chosen_experts,
-    shipped_expert_tiles,
-)
 from ..format import GROUP_SIZE, padded_k
 from ..support import sm_count
+from .expert_tiles import ExpertTiles, GroupedTile, choose_experts, chosen_experts, shipped_expert_tiles
 from .linear import TYPE_NAMES
-from .quantize import arch_of, arch_of_name
 
 __all__ = [
     "chosen_experts",
@@ -113,7 +107,7 @@ def run(
     intermediate: int,
     swiglu_limit: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: ExpertTiles100 | None = None,
+    config: ExpertTiles | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, W4A4, on torch's current stream; see reference.experts.
@@ -171,7 +165,7 @@ def run(
         return "token" if act_scale is None else "tensor" if act_scale.numel() == 1 else "expert"
 
     def product(
-        tile: Grouped, result: str, weight, source, act_scale, target, out_scales, out_act_scale
+        tile: GroupedTile, result: str, weight, source, act_scale, target, out_scales, out_act_scale
     ) -> None:
         codes, scales, scale = source
         whose = (int(act_scale is None), int(owner(act_scale) == "expert"), int(out_act_scale.numel() > 1))
@@ -210,19 +204,17 @@ def shipped_kernels(arch: str) -> dict[str, tuple]:
 
 
 @cache
-def tiles_by_name() -> dict[str, ExpertTiles100]:
+def tiles_by_name() -> dict[str, ExpertTiles]:
     """{name: tiles} of every choice of tiles a served model's `run` can take; one is several kernels."""
     return {tiles_name(tiles): tiles for tiles in shipped_expert_tiles()}
 
 
-def tiles_name(tiles: ExpertTiles100) -> str:
+def tiles_name(tiles: ExpertTiles) -> str:
     w13, w2 = (_tile_name(tile) for tile in (tiles.w13, tiles.w2))
     return f"w13_{w13} with w2_{w2}"
 
 
-def load_tiles(
-    tiles: ExpertTiles100, topk: int, out_dtype: torch.dtype, device: torch.device, scales
-) -> None:
+def load_tiles(tiles: ExpertTiles, topk: int, out_dtype: torch.dtype, device: torch.device, scales) -> None:
     """Compile or load now every kernel that `run` needs with `tiles` and (act_scale_13, act_scale_2)."""
     arch = arch_of(device)
     of_x = "token" if scales[0] is None else "tensor" if scales[0].numel() == 1 else "expert"
@@ -244,7 +236,7 @@ def load(name: str) -> Callable:
     return _kernel(*shipped_kernels(arch_of_name(name))[name])
 
 
-def _tile_name(tile: Grouped) -> str:
+def _tile_name(tile: GroupedTile) -> str:
     return "_".join(str(value) for value in vars(tile).values())
 
 
@@ -266,7 +258,7 @@ def kernel_name(arch: str, kind: str, *arguments) -> str:
 
 def build(arch: str, kind: str, *arguments, options: str = "") -> Callable:
     """Compile "route", "gather" (whose scale, from slots), "product" (tile, result) or "combine" (top-k, type)."""
-    from . import compile_experts as compiler  # needs CuTe DSL, which ahead-of-time kernels do not
+    from ..blackwell import compile as compiler  # needs CuTe DSL, which ahead-of-time kernels do not
 
     compile_kind = {
         "route": compiler.compile_route,
@@ -274,7 +266,7 @@ def build(arch: str, kind: str, *arguments, options: str = "") -> Callable:
         "product": compiler.compile_product,
         "combine": compiler.compile_combine,
     }[kind]
-    if kind == "product" and not isinstance(arguments[0], Grouped):
+    if kind == "product" and not isinstance(arguments[0], GroupedTile):
         from ..sm120.compile import compile_product as compile_kind
     return compile_kind(*arguments, arch=arch, options=options)
 

@@ -9,12 +9,12 @@ from functools import cache
 
 import torch
 
+from ..blackwell import quantize
+from ..blackwell.quantize import arch_of, arch_of_name
 from ..compiled import compiled
 from ..format import check_k, padded_k
 from ..support import sm_count
-from ..tiles100 import Tile, choose, chosen, shipped
-from . import quantize
-from .quantize import arch_of, arch_of_name
+from .tiles import LinearTile, choose, chosen, shipped
 
 __all__ = [
     "chosen",
@@ -67,7 +67,7 @@ def run(
     k: int,
     groups: int = 1,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: Tile | None = None,
+    config: LinearTile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """NVFP4 linear -> [M, N] of `out_dtype`, on torch's current stream.
@@ -108,14 +108,14 @@ def shipped_kernels(arch: str) -> dict[str, tuple]:
 
 
 @cache
-def kernel_name(config: Tile, out_dtype: torch.dtype, arch: str) -> str:
+def kernel_name(config: LinearTile, out_dtype: torch.dtype, arch: str) -> str:
     """The name a compiled tile has in `compiled` and in the ahead-of-time library."""
     numbers = "_".join(str(int(value)) for value in vars(config).values())
     return f"nvfp4_linear_{arch.replace('_', '')}_{numbers}_{TYPE_NAMES[out_dtype]}"
 
 
 def kernel_names(
-    tiles: Iterable[Tile],
+    tiles: Iterable[LinearTile],
     n: int,
     groups: int,
     out_dtype: torch.dtype,
@@ -128,7 +128,7 @@ def kernel_names(
     return [quantize.kernel_name(dynamic, arch), *(kernel_name(tile, out_dtype, arch) for tile in tiles)]
 
 
-def variant(name: str) -> tuple[Tile, torch.dtype, None, None]:
+def variant(name: str) -> tuple[LinearTile, torch.dtype, None, None]:
     """(tile, result type, whether with a bias, whether rows are aligned) of a kernel; None where it takes both."""
     tile, out_dtype, _ = shipped_kernels(arch_of_name(name))[name]
     return tile, out_dtype, None, None
@@ -139,7 +139,7 @@ def load(name: str):
     return compiled(name, lambda: _compile(*shipped_kernels(arch_of_name(name))[name]))
 
 
-def _compile(config: Tile, out_dtype: torch.dtype, arch: str):
+def _compile(config: LinearTile, out_dtype: torch.dtype, arch: str):
     from .compile import compile_linear  # needs CuTe DSL, which ahead-of-time kernels do not
 
     return compile_linear(config, out_dtype, arch)

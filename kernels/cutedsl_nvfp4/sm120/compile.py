@@ -8,10 +8,10 @@ import torch
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from ..compiled import compile_kernel
-from ..sm100.grouped import Result
-from ..tiles120 import Tile
-from .dense import DenseKernel
-from .grouped import GroupedKernel
+from ..sm100.experts_kernel import Result
+from .experts_kernel import ExpertsKernel
+from .linear_kernel import LinearKernel
+from .tiles import LinearTile
 
 _CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
 
@@ -37,7 +37,7 @@ def _vector(element, length):
 
 
 def compile_linear(
-    tile: Tile,
+    tile: LinearTile,
     out_dtype: torch.dtype,
     has_bias: bool = False,
     aligned_rows: bool = True,
@@ -64,11 +64,11 @@ def compile_linear(
         *(cutlass.Int32(1),) * 4,
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return compile_kernel(DenseKernel(tile, has_bias, aligned_rows), *arguments, arch=arch, options=options)
+    return compile_kernel(LinearKernel(tile, has_bias, aligned_rows), *arguments, arch=arch, options=options)
 
 
-def compile_product(tile: Tile, result: str, arch: str, options: str = "") -> Callable:
-    """Compile one product of an experts layer; called as `GroupedKernel.__call__` without the stream."""
+def compile_product(tile: LinearTile, result: str, arch: str, options: str = "") -> Callable:
+    """Compile one product of an experts layer; called as `ExpertsKernel.__call__` without the stream."""
     experts, n, k_blocks, slots, tiles, pairs = (cute.sym_int() for _ in range(6))
     rounded = Result(result) is Result.NVFP4
     columns = cute.sym_int(divisibility=16 if rounded else 8)
@@ -99,4 +99,4 @@ def compile_product(tile: Tile, result: str, arch: str, options: str = "") -> Ca
         cutlass.Int32(1),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return compile_kernel(GroupedKernel(tile, result), *arguments, arch=arch, options=options)
+    return compile_kernel(ExpertsKernel(tile, result), *arguments, arch=arch, options=options)

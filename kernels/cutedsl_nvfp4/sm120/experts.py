@@ -9,9 +9,9 @@ from functools import cache
 
 import torch
 
+from ..blackwell.quantize import arch_of_name
 from ..sm100 import experts
-from ..sm100.quantize import arch_of_name
-from ..tiles120 import ExpertTiles120, choose_experts, chosen_experts, shipped_expert_tiles
+from .tiles import ExpertTiles, choose_experts, chosen_experts, shipped_expert_tiles
 
 __all__ = [
     "chosen_experts",
@@ -41,7 +41,7 @@ def run(
     intermediate: int,
     swiglu_limit: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: ExpertTiles120 | None = None,
+    config: ExpertTiles | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, W4A4, on torch's current stream; as sm100.experts.run."""
@@ -66,7 +66,7 @@ def shipped_kernels(arch: str) -> dict[str, tuple]:
 
 
 @cache
-def tiles_by_name() -> dict[str, ExpertTiles120]:
+def tiles_by_name() -> dict[str, ExpertTiles]:
     """{name: tiles} of every choice of tiles a served model's `run` can take; one is several kernels."""
     return {experts.tiles_name(tiles): tiles for tiles in shipped_expert_tiles()}
 

@@ -19,12 +19,12 @@ One MMA (m16n8k64) takes 16 tokens, 8 weight rows and a block of 64 k. With lane
 So one word a lane, of row 8 * q + g, is the scales of a band: two token MMAs or four row MMAs, by selector alone.
 """
 
-from ..tiles120 import BAND, SCALE_TILE_ROWS, Tile
+from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
 
 CHUNK = 16  # bytes of ldmatrix's rows: 32 codes
 
 
-def code_offset(tile: Tile, row, chunk):
+def code_offset(tile: LinearTile, row, chunk):
     """Byte of 16-byte chunk `chunk` (0 .. 2 * k_blocks - 1) of `row` in a stage's codes."""
     if tile.k_blocks == 2:
         return row * 64 + (chunk ^ (row // 2 % 4)) * CHUNK

@@ -8,12 +8,12 @@ from functools import cache
 
 import torch
 
+from ..blackwell import quantize
+from ..blackwell.quantize import arch_of, arch_of_name
 from ..compiled import compiled
-from ..sm100 import quantize
 from ..sm100.linear import TYPE_NAMES, check_shapes
-from ..sm100.quantize import arch_of, arch_of_name
 from ..support import sm_count
-from ..tiles120 import Tile, choose, chosen, general, shipped
+from .tiles import LinearTile, choose, chosen, general, shipped
 
 __all__ = [
     "chosen",
@@ -39,7 +39,7 @@ def run(
     k: int,
     groups: int = 1,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: Tile | None = None,
+    config: LinearTile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """NVFP4 W4A4 linear -> [M, N] of `out_dtype`, on torch's current stream; see reference.linear.
@@ -89,7 +89,9 @@ def shipped_kernels(arch: str) -> dict[str, tuple]:
 
 
 @cache
-def kernel_name(tile: Tile, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool, arch: str) -> str:
+def kernel_name(
+    tile: LinearTile, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool, arch: str
+) -> str:
     """The name a compiled tile has in `compiled` and in the ahead-of-time library."""
     ending = ("_bias" if has_bias else "") + ("" if aligned_rows else "_ragged")
     numbers = "_".join(str(value) for value in vars(tile).values())
@@ -97,7 +99,7 @@ def kernel_name(tile: Tile, out_dtype: torch.dtype, has_bias: bool, aligned_rows
 
 
 def kernel_names(
-    tiles: Iterable[Tile],
+    tiles: Iterable[LinearTile],
     n: int,
     groups: int,
     out_dtype: torch.dtype,
@@ -111,7 +113,7 @@ def kernel_names(
     return [quantize.kernel_name(dynamic, arch), *names]
 
 
-def variant(name: str) -> tuple[Tile, torch.dtype, bool, bool]:
+def variant(name: str) -> tuple[LinearTile, torch.dtype, bool, bool]:
     """(tile, result type, whether with a bias, whether rows are aligned) of a kernel."""
     return shipped_kernels(arch_of_name(name))[name][:4]
 

@@ -19,42 +19,34 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from ..sm90.fragments import load_matrices, load_words, smem_address
-from ..tiles120 import BAND, SCALE_TILE_ROWS, Tile
-from .fragments import load_sums, load_word, mma_m16n8k64, store_sums
-from .layout import (
-    code_offset,
-    row_lane,
-    row_selector,
-    scale_lane,
-    scale_offset,
-    token_lane,
-    token_selector,
-)
+from ..device.ptx import load_matrices, load_words, smem_address
+from .layout import code_offset, row_lane, row_selector, scale_lane, scale_offset, token_lane, token_selector
+from .ptx import load_sums, load_word, mma_m16n8k64, store_sums
+from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
 
 SCALE_LINE = 16  # bytes: four bands x four k groups
 SUMS_BARRIER = 1
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # within 3 x 168
 
 
-def swizzle_kind(tile: Tile) -> warpgroup.SmemLayoutAtomKind:
+def swizzle_kind(tile: LinearTile) -> warpgroup.SmemLayoutAtomKind:
     """TMA's swizzle of the codes: as wide as a stage's rows."""
     kinds = warpgroup.SmemLayoutAtomKind
     return kinds.K_SW64 if tile.k_blocks == 2 else kinds.K_SW128
 
 
-def code_layout(tile: Tile, rows: int, stages: int) -> cute.ComposedLayout:
+def code_layout(tile: LinearTile, rows: int, stages: int) -> cute.ComposedLayout:
     """Codes in shared memory: (rows, bytes of k, stages)."""
     atom = warpgroup.make_smem_layout_atom(swizzle_kind(tile), Uint8)
     return cute.tile_to_shape(atom, (rows, tile.row_bytes, stages), order=(0, 1, 2))
 
 
-def scale_layout(tile: Tile, box_rows: int, scale_tiles: int, stages: int) -> cute.Layout:
+def scale_layout(tile: LinearTile, box_rows: int, scale_tiles: int, stages: int) -> cute.Layout:
     """Block scales in shared memory: (16 bytes, rows of a band, k blocks, scale tiles, stages)."""
     return cute.make_layout((SCALE_LINE, box_rows, tile.k_blocks, scale_tiles, stages))
 
 
-def layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
+def layouts(tile: LinearTile) -> dict[str, cute.Layout | cute.ComposedLayout]:
     """Every operand's layout in shared memory, as the kernels make it; call inside a @cute.jit function.
 
     Of the weights, the last mode is stage * panels + panel: each panel is loaded by itself.
@@ -68,7 +60,7 @@ def layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
     }
 
 
-def stage_layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
+def stage_layouts(tile: LinearTile) -> dict[str, cute.Layout | cute.ComposedLayout]:
     """`layouts` of one stage and panel, the boxes of the TMA loads."""
     return {
         name: cute.slice_(layout, (*(None,) * (cute.rank(layout) - 1), 0))
@@ -79,7 +71,7 @@ def stage_layouts(tile: Tile) -> dict[str, cute.Layout | cute.ComposedLayout]:
 class Mainloop:
     """What a kernel of one tile needs to multiply; subclasses add which tiles, and what becomes of the sums."""
 
-    def __init__(self, tile: Tile):
+    def __init__(self, tile: LinearTile):
         tile.check()
         self.tile = tile
 
@@ -314,6 +306,6 @@ def load_scales(registers: cute.Tensor, buffer: int, first: int, address: Int32,
         registers[first + band, buffer] = word
 
 
-def empty_sums(tile: Tile) -> cute.Tensor:
+def empty_sums(tile: LinearTile) -> cute.Tensor:
     """Registers of a warp's sums: (4, row MMAs, token MMAs)."""
     return cute.make_rmem_tensor((4, tile.warp_rows // 8, tile.warp_tokens // 16), Float32)

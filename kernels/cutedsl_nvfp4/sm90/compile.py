@@ -8,21 +8,21 @@ import torch
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
 
 from ..compiled import compile_kernel
-from ..tiles import Config, Narrow, Wide
+from ..device.routing import Combine, Route
+from .experts_narrow import NarrowExpertsKernel
+from .experts_streaming import StreamingExpertsKernel
+from .experts_wide import WideExpertsKernel
 from .layout import CODE_WORDS, SCALE_WORDS
-from .narrow import NarrowLinear
-from .narrow_experts import NarrowExperts
-from .routing import Combine, Route
-from .streaming_experts import StreamingExperts
-from .wide import WideLinear
-from .wide_experts import WideExperts
+from .linear_narrow import NarrowLinearKernel
+from .linear_wide import WideLinearKernel
+from .tiles import LinearTile, NarrowTile, WideTile
 
 ARCH = "sm_90a"
 _CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
 
 
 def compile_linear(
-    config: Config,
+    config: LinearTile,
     out_dtype: torch.dtype,
     has_bias: bool = False,
     aligned_rows: bool = True,
@@ -31,7 +31,7 @@ def compile_linear(
     """Compile one configuration for sm_90a; needs no GPU.
 
     The result is called as f(x, codes, scales, row_scale, bias, out, k, panels per group, SCALE_BIAS), for
-    Wide followed by (token tiles per group, most CTAs). Without a bias any f32 [N] tensor stands in for it.
+    WideTile followed by (token tiles per group, most CTAs). Without a bias any f32 [N] tensor stands in for it.
     """
     m, n, k_all, panels, blocks = (cute.sym_int() for _ in range(5))
     x = make_fake_tensor(cutlass.BFloat16, (m, k_all), (cute.sym_int64(divisibility=8), 1), assumed_align=16)
@@ -45,15 +45,15 @@ def compile_linear(
     bias = make_fake_compact_tensor(cutlass.Float32, (n,), assumed_align=4)
     out = make_fake_compact_tensor(_CUTE_TYPE[out_dtype], (m, n), stride_order=(1, 0), assumed_align=16)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    if isinstance(config, Narrow):
-        kernel, numbers = NarrowLinear(config, has_bias), 3
+    if isinstance(config, NarrowTile):
+        kernel, numbers = NarrowLinearKernel(config, has_bias), 3
     else:
-        kernel, numbers = WideLinear(config, has_bias, aligned_rows), 5
+        kernel, numbers = WideLinearKernel(config, has_bias, aligned_rows), 5
     arguments = (x, codes, scales, row_scale, bias, out, *(cutlass.Int32(1),) * numbers, stream)
     return compile_kernel(kernel, *arguments, arch=ARCH, options=options)
 
 
-def compile_experts(config: Config, activated: bool, options: str = "") -> Callable:
+def compile_experts(config: LinearTile, activated: bool, options: str = "") -> Callable:
     """Compile one configuration of the experts' w13 (`activated`) or w2 for sm_90a; needs no GPU.
 
     The result is called as f(x, codes, scales, row_scale, pairs, table, out, top-k, limit, SCALE_BIAS, most
@@ -75,12 +75,12 @@ def compile_experts(config: Config, activated: bool, options: str = "") -> Calla
     out = make_fake_compact_tensor(cutlass.BFloat16, (slots, columns), stride_order=(1, 0), assumed_align=16)
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     numbers = (cutlass.Int32(1), cutlass.Float32(1), cutlass.Int32(1), cutlass.Int32(1))
-    if isinstance(config, Wide):
-        kernel = WideExperts(config, activated)
+    if isinstance(config, WideTile):
+        kernel = WideExpertsKernel(config, activated)
     elif config.streams:
-        kernel = StreamingExperts(config, activated)
+        kernel = StreamingExpertsKernel(config, activated)
     else:
-        kernel = NarrowExperts(config, activated)
+        kernel = NarrowExpertsKernel(config, activated)
     arguments = (x, codes, scales, row_scale, pair_of_slot, table, out, *numbers, stream)
     return compile_kernel(kernel, *arguments, arch=ARCH, options=options)
 

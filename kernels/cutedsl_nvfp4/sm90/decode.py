@@ -16,7 +16,7 @@ two scales of row r and two of row r + 8, rotated left by 4, so that one rotatio
 instruction give a pair.
 
 All functions are plain operators: they run on CuTe DSL's Uint32 in the kernels and on numpy's uint32 in
-tests/test_sm90_decode.py, which proves them for every input.
+tests/sm90/test_decode.py, which proves them for every input.
 """
 
 import math

@@ -17,10 +17,10 @@ import torch
 
 from ..compiled import compiled
 from ..support import sm_count
-from ..tiles import ExpertTiles, Narrow, choose_experts, shipped_expert_tiles, shipped_experts
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
 from .linear import TYPE_NAMES
+from .tiles import ExpertTiles, NarrowTile, choose_experts, shipped_expert_tiles, shipped_experts
 
 MAX_EXPERTS = 1024  # local ones (routing.py)
 TOPKS = (6, 8)  # compiled ahead of time
@@ -180,7 +180,7 @@ def kernel_name(kind: str, *arguments) -> str:
     """The name a kernel has in `compiled` and in the ahead-of-time library."""
     if kind == "product":
         config, activated = arguments
-        matrix, tile = "w13" if activated else "w2", "narrow" if isinstance(config, Narrow) else "wide"
+        matrix, tile = "w13" if activated else "w2", "narrow" if isinstance(config, NarrowTile) else "wide"
         numbers = "_".join(str(int(value)) for value in vars(config).values())
         return f"nvfp4_experts_sm90_{matrix}_{tile}_{numbers}"
     if kind == "combine":

@@ -9,9 +9,9 @@ import torch
 
 from ..compiled import compiled
 from ..support import sm_count
-from ..tiles import PANEL_ROWS, Config, Narrow, choose, general, shipped
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
+from .tiles import PANEL_ROWS, LinearTile, NarrowTile, choose, general, shipped
 
 TOKEN_GROUP = 2048  # tokens whose tiles run next to each other: they fit in L2 for every K in use
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -53,7 +53,7 @@ def run(
     groups: int = 1,
     out_dtype: torch.dtype = torch.bfloat16,
     batch_invariant: bool = False,
-    config: Config | None = None,
+    config: LinearTile | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """NVFP4 linear -> [M, N] of `out_dtype`, on torch's current stream.
@@ -98,7 +98,7 @@ def run(
         lambda: _compile(config, out_dtype, bias is not None, aligned_rows),
     )
     numbers = (k, panels_per_group, SCALE_BIAS)
-    if not isinstance(config, Narrow):
+    if not isinstance(config, NarrowTile):
         if not config.fits_groups(panels_per_group, groups):
             raise ValueError(f"{config} would mix groups: a group has {panels_per_group} panels")
         numbers += (max(1, TOKEN_GROUP // config.tokens), sm_count(x.device) * config.ctas_per_sm)
@@ -126,15 +126,15 @@ def load(name: str):
 
 
 @cache
-def kernel_name(config: Config, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool) -> str:
+def kernel_name(config: LinearTile, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool) -> str:
     """The name a compiled configuration has in `compiled` and in the ahead-of-time library."""
-    kind = "narrow" if isinstance(config, Narrow) else "wide"
+    kind = "narrow" if isinstance(config, NarrowTile) else "wide"
     ending = ("_bias" if has_bias else "") + ("" if aligned_rows or kind == "narrow" else "_ragged")
     numbers = "_".join(str(int(value)) for value in vars(config).values())
     return f"nvfp4_linear_sm90_{kind}_{numbers}_{TYPE_NAMES[out_dtype]}{ending}"
 
 
-def _compile(config: Config, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool):
+def _compile(config: LinearTile, out_dtype: torch.dtype, has_bias: bool, aligned_rows: bool):
     from .compile import compile_linear  # needs CuTe DSL, which ahead-of-time kernels do not
 
     return compile_linear(config, out_dtype, has_bias, aligned_rows)

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from torch.nn import Module, Parameter
 
-from .checkpoint_files import check_whole_parameters, read_checkpoint
-from .layers import FUSED
+from ..checkpoint.files import check_whole_parameters, read_checkpoint
+from ..checkpoint.layers import FUSED
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 # Experts of other ranks are not among the latter: by name they have a place on every rank.

@@ -24,7 +24,7 @@ def check_vllm() -> None:
 
     if "CUTEDSL" not in NvFp4MoeBackend.__members__:
         raise RuntimeError(
-            f"vLLM {vllm.__version__} at {vllm.__path__[0]} is not patched; run scripts/apply_patches for "
+            f"vLLM {vllm.__version__} at {vllm.__path__[0]} is not patched; run devtools/patches/apply.py for "
             f"this Python, or uninstall cutedsl-nvfp4 from this environment"
         )
 
@@ -42,7 +42,8 @@ def register() -> None:
     from vllm.model_executor.kernels.linear import _POSSIBLE_NVFP4_KERNELS, register_linear_kernel
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from . import calibration, cpu_kernels
+    from . import calibration
+    from .cpu import operators as cpu_kernels
     from .endpoint import REPORT_METHOD
     from .linear import CuTeDSLNvFp4LinearKernel
     from .report import worker_report

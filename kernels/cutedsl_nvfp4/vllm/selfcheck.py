@@ -9,8 +9,9 @@ from vllm.distributed.parallel_state import get_world_group, model_parallel_is_i
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from .. import selfcheck, settings, support
+from .. import settings, support
 from ..prepare import PreparedExperts, PreparedLinear
+from ..selfcheck import child as selfcheck
 from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel
 

@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
+
+    PYTHONPATH=kernels:bench python3 bench/linear/tune.py OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
+        [--known ROWS.jsonl.gz] [--without bulk=True,panels=3]
+
+Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
+A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next, and
+with `--known` none that took more than 1.06 times the best's time in those rows, nor a wide one that is not in them
+and has more to do than the best (candidates.estimate).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from bench import candidates
+from bench.linear.choose import read
+from bench.shapes import TOKENS, Shape, selected_shapes
+from bench.timing import capture, copies, microseconds
+from cutedsl_nvfp4.reference import dequantize
+from cutedsl_nvfp4.sm90.layout import pack_linear
+from cutedsl_nvfp4.sm90.linear import run
+from cutedsl_nvfp4.sm90.tiles import LinearTile, NarrowTile
+
+SAMPLED_ROWS = 64
+KNOWN_LOSS = 1.06
+MOST_SMALL_CTAS = 264  # of tiles of few tokens: two an SM
+
+
+def eligible(config: LinearTile, m: int, panels_per_group: int, groups: int) -> bool:
+    if isinstance(config, NarrowTile):
+        return m <= config.tokens and (config.tokens == 8 or m > config.tokens // 2)
+    if not config.fits_groups(panels_per_group, groups):
+        return False
+    if config.tokens > 16 and config.tokens >= 2 * m + 16:
+        return False
+    row_tiles = -(-panels_per_group * groups // config.panels)
+    ctas = row_tiles * -(-m // config.tokens) * config.split_k
+    return config.tokens > 64 or m <= 8 * config.tokens or ctas <= MOST_SMALL_CTAS
+
+
+def worth_trying(config: LinearTile, before: dict[LinearTile, float], panels: int, k: int, m: int) -> bool:
+    """Whether the times of an earlier run, `before`, leave a configuration a chance."""
+    if not before:
+        return True
+    best = min(before, key=before.get)
+    if config in before:
+        return before[config] <= KNOWN_LOSS * before[best]
+    if isinstance(config, NarrowTile) or isinstance(best, NarrowTile):
+        return True
+    return candidates.estimate(config, panels, k, m) <= candidates.estimate(best, panels, k, m)
+
+
+def _smaller(config: LinearTile, best: LinearTile) -> bool:
+    return (config.tokens, -config.split_k) < (best.tokens, -best.split_k)
+
+
+def random_weights(shape: Shape, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, block scales) of a checkpoint, valid and random."""
+    codes = torch.randint(0, 256, (shape.n, shape.k // 2), dtype=torch.uint8, device=device)
+    scales = torch.rand(shape.n, shape.k // 16, device=device) * 3 + 0.5
+    return codes, scales.to(torch.float8_e4m3fn)
+
+
+def operands(shape: Shape, device: str = "cuda"):
+    """Random valid weights: (codes, block scales) of the checkpoint, packed copies to rotate, row scales."""
+    codes, scales = random_weights(shape, device)
+    packed = pack_linear(codes, scales)
+    rotated = [packed] + [tuple(t.clone() for t in packed) for _ in range(copies(shape.weight_bytes) - 1)]
+    return codes, scales, rotated, torch.full((shape.n,), 1 / 2688, device=device)
+
+
+def exact_product(shape: Shape, codes, scales, row_scale, x) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sampled weight rows, their product with x in float64 [M, rows])"""
+    rows = torch.randperm(shape.n, device=x.device)[:SAMPLED_ROWS].sort().values
+    weight = dequantize(codes[rows], scales[rows]).double() * row_scale[rows].double()[:, None]
+    in_group = torch.bincount(rows // (shape.n // shape.groups), minlength=shape.groups).tolist()
+    tokens = x.double().view(x.shape[0], shape.groups, shape.k)
+    parts = [tokens[:, group] @ part.t() for group, part in enumerate(weight.split(in_group))]
+    return rows, torch.cat(parts, dim=1)
+
+
+def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """(error of `out`, error of rounding the exact product to bf16) on `exact_product`'s rows."""
+    size = exact.norm()
+    return (
+        ((out[:, rows].double() - exact).norm() / size).item(),
+        ((exact.to(torch.bfloat16).double() - exact).norm() / size).item(),
+    )
+
+
+def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, without: Sequence[str]) -> None:
+    """`known` is choose_tiles.read's, {(n, k, groups, m): {config: us}}; `without` are parts of a config's repr."""
+    codes, scales, rotated, row_scale = operands(shape)
+    panels_per_group = -(-shape.n // 64) // shape.groups
+    configs = candidates.narrow() + candidates.wide()
+    configs = [c for c in configs if not any(part in repr(c) for part in without)]
+    slow: set[LinearTile] = set()
+    verified: set[LinearTile] = set()
+    for m in tokens:
+        x = torch.randn(m, shape.groups * shape.k, device="cuda").to(torch.bfloat16)
+        times: dict[LinearTile, float] = {}
+        exact = exact_product(shape, codes, scales, row_scale, x)
+        rows = []  # written together: half a problem's configurations must not replace an earlier run's
+        before = known.get((shape.n, shape.k, shape.groups, m), {})
+        for config in configs:
+            if not worth_trying(config, before, panels_per_group * shape.groups, shape.k, m):
+                continue
+            if config in slow or not eligible(config, m, panels_per_group, shape.groups):
+                continue
+            if time.monotonic() > deadline:
+                print("out of time at", shape, m, flush=True)
+                return
+
+            def call(weights, config=config, x=x):
+                return run(x, *weights, row_scale, n=shape.n, k=shape.k, groups=shape.groups, config=config)
+
+            if config not in verified:
+                error, rounding = relative_error(call(rotated[0]), *exact)
+                if not error <= 1.05 * rounding:
+                    sys.exit(
+                        f"{config} is wrong on {shape}, M = {m}: error {error}, rounding alone {rounding}"
+                    )
+                verified.add(config)
+            calls = rotated[: 16 if m >= 512 else None]
+            graph = capture([lambda w=w: call(w) for w in calls])
+            times[config] = microseconds(graph, len(calls), repeats=3, target_us=1500.0)
+            row = {"shape": shape.name, "n": shape.n, "k": shape.k, "groups": shape.groups, "m": m}
+            rows.append(json.dumps(row | {"config": repr(config), "us": round(times[config], 3)}) + "\n")
+        if times:
+            best = min(times, key=times.get)
+            slow |= {c for c, us in times.items() if us > 1.5 * times[best] and _smaller(c, best)}
+            print(f"{shape.name} M={m} {times[best]:.2f} us {best}", flush=True)
+        file.writelines(rows)
+        file.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out")
+    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=500.0)
+    parser.add_argument("--known", help="rows of an earlier run")
+    parser.add_argument("--without", default="", help="no configurations whose repr contains one of these")
+    arguments = parser.parse_args()
+    without = list(filter(None, arguments.without.split(",")))
+    known = read([arguments.known]) if arguments.known else {}
+    deadline = time.monotonic() + arguments.seconds
+    with open(arguments.out, "w") as file:
+        for shape in selected_shapes(arguments.shapes):
+            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known, without)
+
+
+if __name__ == "__main__":
+    main()

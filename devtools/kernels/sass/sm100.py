@@ -1,0 +1,31 @@
+"""Read a compiled Blackwell kernel's machine code: block-scaled MMAs in the main loop, nothing spilled."""
+
+import re
+from pathlib import Path
+
+from cutedsl_nvfp4.sm100.expert_tiles import GroupedTile
+from cutedsl_nvfp4.sm100.tiles import STEP_K, LinearTile
+from devtools.kernels.sass.machine_code import read
+
+OTHER_PER_MMA = 19.0  # most instructions beside each MMA of the main loop; NVIDIA's own examples: bench/sass
+
+
+def problems(cubin: Path, tile: LinearTile | GroupedTile | None) -> list[str]:
+    """What is wrong with the machine code of a tile's kernel, linear or experts'; None: it multiplies nothing."""
+    code = read(cubin)
+    wrong = code.problems()
+    if tile is None:
+        return wrong
+    expected = STEP_K // 64 * (tile.panels if isinstance(tile, GroupedTile) else 1)
+    # as sm_100a and sm_103a call it
+    instruction = rf"UTCOMMA{'[.]2CTA' * (tile.ctas - 1)}[.](4X|BLOCK16)"
+    right = len(code.mma) == 1 and all(re.fullmatch(instruction, opcode) for opcode in code.mma)
+    if not right or sum(code.mma.values()) != expected or code.mma_everywhere != code.mma:
+        wrong.append(
+            f"tensor core instructions in the main loop: {code.mma} instead of {expected} {instruction}"
+        )
+    if code.other_per_mma > OTHER_PER_MMA:
+        wrong.append(
+            f"{code.other_per_mma:.1f} instructions beside each MMA, at most {OTHER_PER_MMA} expected"
+        )
+    return wrong

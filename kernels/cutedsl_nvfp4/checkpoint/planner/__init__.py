@@ -1,0 +1,1 @@
+"""Memory of a model on GPUs: weights, caches, the longest context."""

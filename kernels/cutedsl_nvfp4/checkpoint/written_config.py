@@ -1,0 +1,96 @@
+"""config.json of what the converter writes: native keys, and a quantization_config that says what is NVFP4."""
+
+from __future__ import annotations
+
+from .config import native_fields
+from .headers import CheckpointError
+from .linears import KINDS
+
+# vLLM's layer names of each kind, and DeepSeek's names of the linears in it (other engines match those)
+_LAYERS = {
+    "attention": ("attn.fused_wqa_wkv", "attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b"),
+    "compressor": ("attn.compressor.*",),
+    "indexer": ("attn.indexer.*",),
+    "shared": ("ffn.shared_experts.*",),
+    "experts": ("ffn.experts", "ffn.experts.*"),
+}
+_ALWAYS_IGNORED = ("head", "lm_head", "*.ffn.gate", "*.attn_norm")
+_PRODUCER = {"name": "convert_checkpoint", "version": "1"}
+
+
+def native_config(config: dict) -> dict:
+    """A config.json with DeepSeek's keys: what transformers derived from them is put back, the rest is kept.
+
+    The rules are the server's. CheckpointError for what it refuses: missing, contradictory, or beyond vLLM's model.
+    """
+    try:
+        return native_fields(config)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"config.json cannot be read ({type(error).__name__}: {error}); take it from the original model"
+        ) from None
+
+
+def _written(config: dict, quantization: dict) -> dict:
+    """`config`, in DeepSeek's keys already, as the output's config.json."""
+    written = {
+        "topk_method": "noaux_tc",
+        **config,
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "expert_dtype": "fp4",
+        "quantization_config": quantization,
+    }
+    scaling = config.get("rope_scaling")
+    if scaling and "type" not in scaling and "rope_type" in scaling:
+        written["rope_scaling"] = {"type": scaling["rope_type"], **scaling}  # DeepSeek's own key
+    return written
+
+
+def ignored_layers(nvfp4_kinds: set[str]) -> list[str]:
+    """Patterns of the layers that are not NVFP4."""
+    patterns = [f"*.{layer}" for kind in KINDS if kind not in nvfp4_kinds for layer in _LAYERS[kind]]
+    return [*_ALWAYS_IGNORED, *patterns, "mtp.*"]
+
+
+def modelopt_config(config: dict, nvfp4_kinds: set[str]) -> dict:
+    """`config`, in DeepSeek's keys, with the quantization_config of a ModelOpt NVFP4 checkpoint."""
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    quantization = {
+        "quant_method": "modelopt",
+        "quant_algo": "NVFP4",
+        "group_size": 16,
+        "ignore": ignored_layers(nvfp4_kinds),
+        "config_groups": {
+            "group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
+        },
+        "producer": _PRODUCER,
+    }
+    return _written(config, quantization)
+
+
+def experts_only_config(config: dict) -> dict:
+    """`config`, in DeepSeek's keys, where experts are NVFP4 and other linears stay in FP8 blocks with e8m0 scales."""
+    quantization = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": [128, 128],
+        "moe_quant_algo": "NVFP4",
+    }
+    return _written(config, quantization)
+
+
+def hf_quant_config(nvfp4_kinds: set[str]) -> dict:
+    """hf_quant_config.json, for engines that read ModelOpt's own file."""
+    return {
+        "producer": _PRODUCER,
+        "quantization": {
+            "quant_algo": "NVFP4",
+            "kv_cache_quant_algo": None,
+            "group_size": 16,
+            "exclude_modules": ignored_layers(nvfp4_kinds),
+        },
+    }

@@ -1,0 +1,1 @@
+"""GPU kernels prove themselves on the device they find, before they serve."""

@@ -1,0 +1,811 @@
+"""Products of NVFP4 experts and NVFP4 tokens on tcgen05: w13 with SwiGLU, and w2.
+
+    acc[p, n, s] = sum_k weight[e, p, n, k] * token[s, k]     panels p, weight rows n, slots s of one expert e
+    w13   h[s, n] = swiglu(acc[0] * g, acc[1] * u)            g, u = act_scale * row_scale of gate and up rows
+    w2    y[pair of s, n] = acc * act_scale * row_scale
+
+A slot is a row of the scratch: tile t of the table holds slots tokens * t and following. Weights are the
+instruction's M, 128 rows to a panel; tokens are its N, so that a few tokens take a small tile.
+
+    weights       e2m1 [E, N, K], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 atoms
+    tokens        e2m1 [R, K] by slot; their scales e4m3 [tiles * atoms, KB, 32, 16], atoms of each tile its own
+    h, NVFP4      as tokens; h or y, bf16: [R, I], [M * T, H]
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as blackwell
+import cutlass.utils.blockscaled_layout as blockscaled
+from cutlass import (
+    BFloat16,
+    Float4E2M1FN,
+    Float8E4M3FN,
+    Float32,
+    Int16,
+    Int32,
+    Int64,
+    Uint8,
+    Uint32,
+    pipeline,
+)
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+
+from ..blackwell.rounding import round_group, scale_offset
+from ..device.activation import swiglu
+from ..device.ptx import load_coherent, load_words, smem_address
+from ..format import GROUP_SIZE
+from .expert_tiles import GROUPS_PER_ATOM, ROWS, TENSOR_COLUMNS, TILE_K, GroupedTile
+from .ptx import fence_after_wait, fence_before_arrive, store_bf16
+
+PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output: no bank conflicts
+TMEM_BARRIER, FIRST_GROUP_BARRIER = 1, 2
+
+
+class Result(StrEnum):
+    """What an epilogue makes of the accumulators."""
+
+    NVFP4 = "nvfp4"  # w13: SwiGLU, rounded to NVFP4 with a scale that is known
+    BF16 = "bf16"  # w13: SwiGLU, for a scale that depends on all of a slot
+    ROWS = "rows"  # w2: scaled, by pair
+
+
+class Layouts(NamedTuple):
+    """What a tile's instructions, loads and shared memory look like."""
+
+    mma: cute.TiledMma
+    scale_mma: cute.TiledMma  # of one CTA, for loads of the tokens' scales
+    weights: cute.ComposedLayout  # shared memory; stage * panels + panel is the last mode
+    tokens: cute.ComposedLayout
+    weight_scales: cute.Layout
+    token_scales: cute.Layout
+    cluster: cute.Layout
+    scale_cluster: cute.Layout
+
+
+class ExpertsKernel:
+    """One compiled kernel: a tile and a result.
+
+    Roles per CTA (persistent over tiles of the table x tiles of weight rows)
+        warps 0..3 (7)   epilogue: accumulators to registers, through shared memory, to global memory
+        next warp        tcgen05: block scales to tensor memory, MMA of each panel
+        last warp        TMA of both operands and their scales; weights of the first tile before the tokens exist
+    Pipelines
+        stages           TMA -> MMA, `config.stages` of 256 k
+        accumulators     MMA -> epilogue, one or two tiles
+    With two CTAs a panel is 256 rows; a CTA loads and stores its 128 of them and loads half of the tokens.
+    """
+
+    def __init__(self, config: GroupedTile, result: str):
+        config.check()
+        self.config = config
+        self.result = Result(result)
+        self.activated = self.result is not Result.ROWS
+        if self.activated and config.panels != 2:
+            raise ValueError(f"{config}: w13 takes two panels, gate and up")
+        self.mma_warp = 4 * config.epilogue_groups
+        self.tma_warp = self.mma_warp + 1
+        self.cluster = (config.ctas, 1, 1)
+        self.tile = (config.rows, config.tokens, TILE_K)  # of all CTAs that share the instruction
+        self.scale_tile = (ROWS, config.scale_atoms * ROWS, TILE_K)
+
+    def layouts(self) -> Layouts:
+        """Host code that kernel and tests share; static, so the kernel calls it again."""
+        c = self.config
+        group = tcgen05.CtaGroup.TWO if c.ctas == 2 else tcgen05.CtaGroup.ONE
+        major = OperandMajorMode.K
+        operands = (Float4E2M1FN, Float4E2M1FN, major, major, Float8E4M3FN, GROUP_SIZE)
+        mma = blackwell.make_blockscaled_trivial_tiled_mma(*operands, group, self.tile[:2])
+        # Every CTA of an instruction reads the scales of all tokens, whole 128-row atoms of them.
+        scale_mma = blackwell.make_blockscaled_trivial_tiled_mma(
+            *operands, tcgen05.CtaGroup.ONE, self.scale_tile[:2]
+        )
+        panels = c.panels * c.stages
+        cluster = cute.make_layout(self.cluster)
+        return Layouts(
+            mma=mma,
+            scale_mma=scale_mma,
+            weights=blackwell.make_smem_layout_a(mma, self.tile, Float4E2M1FN, panels),
+            tokens=blackwell.make_smem_layout_b(mma, self.tile, Float4E2M1FN, c.stages),
+            weight_scales=blockscaled.make_smem_layout_sfa(mma, self.tile, GROUP_SIZE, panels),
+            token_scales=blockscaled.make_smem_layout_sfb(mma, self.tile, GROUP_SIZE, c.stages),
+            cluster=cute.tiled_divide(cluster, (mma.thr_id.shape,)),
+            scale_cluster=cute.tiled_divide(cluster, (scale_mma.thr_id.shape,)),
+        )
+
+    def operand_layouts(self, weights, weight_scales, tokens, token_scales) -> tuple[cute.Layout, ...]:
+        """Shapes of the operands -> layouts of (weights, tokens, weight scales, token scales) as TMA reads them.
+
+        Codes are (rows, K, matrices), scales (((32, 4), atoms), ((16, 4), atoms), matrices); the matrices of w13
+        are each expert's gate and up rows.
+        """
+        segments = 2 if self.activated else 1
+        matrices, rows = weights[0] * segments, weights[1] // segments
+        k = cute.assume(weights[2] * 2, divby=32)
+        pitch = cute.assume(rows * k, divby=32)
+        scale_k = weight_scales[2] * GROUPS_PER_ATOM * GROUP_SIZE
+        return (
+            cute.make_layout((rows, k, matrices), stride=(k, 1, pitch)),
+            cute.make_layout((tokens[0], k, 1), stride=(k, 1, 0)),
+            blockscaled.tile_atom_to_shape_SF(
+                (weight_scales[1] // segments * ROWS, scale_k, matrices), GROUP_SIZE
+            ),
+            blockscaled.tile_atom_to_shape_SF((token_scales[0] * ROWS, scale_k, 1), GROUP_SIZE),
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        mWeights: cute.Tensor,  # uint8 [E, N, K/2]
+        mWeightScales: cute.Tensor,  # uint8 [E, P, KB, 32, 16]
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mTokens: cute.Tensor,  # uint8 [R, K/2]
+        mTokenScales: cute.Tensor,  # uint8 [tiles * atoms, KB, 32, 16]
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mPairs: cute.Tensor,  # int32 [R], the pair of each slot
+        mOut: cute.Tensor,  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]; any without NVFP4
+        mOutActScale: cute.Tensor,  # f32 [1] or [E], the scale h is rounded with; any without NVFP4
+        by_slot: Int32,  # 1 for an act_scale of every slot
+        by_expert: Int32,  # 1 for an act_scale of every expert
+        out_by_expert: Int32,  # the same of mOutActScale
+        limit: Float32,
+        max_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        layouts = self.layouts()
+        operands = (mWeights, mTokens, mWeightScales, mTokenScales)
+        elements = (Float4E2M1FN, Float4E2M1FN, Float8E4M3FN, Float8E4M3FN)
+        operand_layouts = self.operand_layouts(
+            mWeights.shape, mWeightScales.shape, mTokens.shape, mTokenScales.shape
+        )
+        weights, tokens, weight_scales, token_scales = (
+            cute.make_tensor(cute.recast_ptr(operand.iterator, dtype=element), layout)
+            for operand, element, layout in zip(operands, elements, operand_layouts, strict=True)
+        )
+        weight_atom, tWeights = cute.nvgpu.make_tiled_tma_atom_A(
+            blackwell.cluster_shape_to_tma_atom_A(self.cluster, layouts.mma.thr_id),
+            weights,
+            cute.slice_(layouts.weights, (None, None, None, 0)),
+            self.tile,
+            layouts.mma,
+            layouts.cluster.shape,
+        )
+        token_atom, tTokens = cute.nvgpu.make_tiled_tma_atom_B(
+            blackwell.cluster_shape_to_tma_atom_B(self.cluster, layouts.mma.thr_id),
+            tokens,
+            cute.slice_(layouts.tokens, (None, None, None, 0)),
+            self.tile,
+            layouts.mma,
+            layouts.cluster.shape,
+        )
+        weight_scale_atom, tWeightScales = cute.nvgpu.make_tiled_tma_atom_A(
+            blackwell.cluster_shape_to_tma_atom_A(self.cluster, layouts.mma.thr_id),
+            weight_scales,
+            cute.slice_(layouts.weight_scales, (None, None, None, 0)),
+            self.tile,
+            layouts.mma,
+            layouts.cluster.shape,
+            internal_type=Int16,
+        )
+        token_scale_atom, tTokenScales = cute.nvgpu.make_tiled_tma_atom_B(
+            blackwell.cluster_shape_to_tma_atom_SFB(self.cluster, layouts.mma.thr_id),
+            token_scales,
+            cute.slice_(layouts.token_scales, (None, None, None, 0)),
+            self.scale_tile,
+            layouts.scale_mma,
+            layouts.scale_cluster.shape,
+            internal_type=Int16,
+        )
+
+        @cute.struct
+        class Shared:
+            loads: cute.struct.MemRange[Int64, 2 * c.stages]
+            sums: cute.struct.MemRange[Int64, 2 * c.accumulator_stages]
+            tmem_freed: Int64
+            tmem: Int32
+            weights: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.weights.outer)], 1024
+            ]
+            tokens: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.tokens.outer)], 1024
+            ]
+            weight_scales: cute.struct.Align[
+                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.weight_scales)], 1024
+            ]
+            token_scales: cute.struct.Align[
+                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.token_scales)], 1024
+            ]
+            output: cute.struct.Align[cute.struct.MemRange[Uint8, c.output_bytes], 128]
+            act_scales: cute.struct.Align[cute.struct.MemRange[Float32, c.tokens * c.epilogue_groups], 16]
+            pairs: cute.struct.MemRange[Int32, c.tokens * c.epilogue_groups]
+
+        self.shared = Shared
+        row_tiles = cute.ceil_div(weights.shape[0], c.rows if self.activated else c.rows * c.panels)
+        self.kernel(
+            weight_atom,
+            tWeights,
+            token_atom,
+            tTokens,
+            weight_scale_atom,
+            tWeightScales,
+            token_scale_atom,
+            tTokenScales,
+            mRowScale,
+            mActScale,
+            mTable,
+            mPairs,
+            mOut,
+            mOutScales,
+            mOutActScale,
+            by_slot,
+            by_expert,
+            out_by_expert,
+            limit,
+            row_tiles,
+        ).launch(
+            grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas // c.ctas) * c.ctas, 1, 1),
+            block=(c.threads, 1, 1),
+            cluster=self.cluster,
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        weight_atom: cute.CopyAtom,
+        mWeights: cute.Tensor,
+        token_atom: cute.CopyAtom,
+        mTokens: cute.Tensor,
+        weight_scale_atom: cute.CopyAtom,
+        mWeightScales: cute.Tensor,
+        token_scale_atom: cute.CopyAtom,
+        mTokenScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mActScale: cute.Tensor,
+        mTable: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+        mOutActScale: cute.Tensor,
+        by_slot: Int32,
+        by_expert: Int32,
+        out_by_expert: Int32,
+        limit: Float32,
+        row_tiles: Int32,
+    ):
+        c = self.config
+        layouts = self.layouts()
+        mma = layouts.mma
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        thread, _, _ = cute.arch.thread_idx()
+        bid, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        member = bid % c.ctas
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        coordinate = layouts.cluster.get_flat_coord(rank)
+        scale_coordinate = layouts.scale_cluster.get_flat_coord(rank)
+        storage = cutlass.memory.SmemAllocator().allocate(self.shared)
+
+        if warp == self.tma_warp:
+            for atom in (weight_atom, token_atom, weight_scale_atom, token_scale_atom):
+                cpasync.prefetch_descriptor(atom)
+        loads, sums, tmem = self.synchronization(storage, layouts)
+        pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
+
+        sWeights = storage.weights.get_tensor(layouts.weights.outer, swizzle=layouts.weights.inner)
+        sTokens = storage.tokens.get_tensor(layouts.tokens.outer, swizzle=layouts.tokens.inner)
+        sWeightScales = storage.weight_scales.get_tensor(layouts.weight_scales)
+        sTokenScales = storage.token_scales.get_tensor(layouts.token_scales)
+        sums_shape = cute.append(mma.partition_shape_C(self.tile[:2]), c.panels * c.accumulator_stages)
+        sums_layout = mma.make_fragment_C(sums_shape).layout
+        count = cute.ceil_div(mWeights.shape[1], TILE_K)
+        pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
+
+        # What came before the previous kernel, the table among it, is complete: every kernel here lets its
+        # successor start after its own wait.
+        table = mTable.iterator.toint()
+        tiles, _, _, _ = load_coherent(table)
+        units = tiles * row_tiles
+        first, step = bid // c.ctas, ctas // c.ctas
+
+        if warp == self.tma_warp:
+            thr_mma = mma.get_slice(member)
+            thr_scale_mma = layouts.scale_mma.get_slice(0)
+            weight_tile = cute.slice_(self.tile, (None, 0, None))
+            token_tile = cute.slice_(self.tile, (0, None, None))
+            scale_tile = cute.slice_(self.scale_tile, (0, None, None))
+            everything = (None, None, None)
+            gWeights = thr_mma.partition_A(cute.local_tile(mWeights, weight_tile, everything))
+            gTokens = thr_mma.partition_B(cute.local_tile(mTokens, token_tile, everything))
+            gWeightScales = thr_mma.partition_A(cute.local_tile(mWeightScales, weight_tile, everything))
+            gTokenScales = thr_scale_mma.partition_B(cute.local_tile(mTokenScales, scale_tile, everything))
+            by_row = cute.make_layout(cute.slice_(layouts.cluster, (0, 0, None, 0)).shape)
+            by_token = cute.make_layout(cute.slice_(layouts.cluster, (0, None, 0, 0)).shape)
+            by_scale = cute.make_layout(cute.slice_(layouts.scale_cluster, (0, None, 0, 0)).shape)
+            masks = (None, None, None, None)
+            if cutlass.const_expr(c.ctas == 2):
+                mask_a = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=2)
+                mask_b = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=1)
+                mask_scales = cpasync.create_tma_multicast_mask(
+                    layouts.scale_cluster, scale_coordinate, mcast_mode=1
+                )
+                masks = (mask_a, mask_a, mask_b, mask_scales)
+            weights = self.partition_loads(weight_atom, coordinate[2], by_row, sWeights, gWeights)
+            weight_scales = self.partition_loads(
+                weight_scale_atom, coordinate[2], by_row, sWeightScales, gWeightScales
+            )
+            tokens = self.partition_loads(token_atom, coordinate[1], by_token, sTokens, gTokens)
+            token_scales = self.partition_loads(
+                token_scale_atom, scale_coordinate[1], by_scale, sTokenScales, gTokenScales
+            )
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
+            early = Int32(0)  # stages whose weights do not wait for the previous kernel
+            expert, first_slot, _, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
+            if first < units:
+                early = cutlass.min(count, c.stages)
+                for k in cutlass.range(early, unroll=1):
+                    loads.producer_acquire(state)
+                    self.load_weights(
+                        weights, weight_scales, masks, loads, state, k, first % row_tiles, expert
+                    )
+                    state.advance()
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
+            cute.arch.griddepcontrol_wait()
+            for unit in cutlass.range(first, units, step, unroll=1):
+                following = cutlass.min(unit + step, units - 1)
+                next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
+                token_at = first_slot // c.tokens
+                row_tile = unit % row_tiles
+                for k in cutlass.range(count, unroll=1):
+                    if early <= 0:
+                        loads.producer_acquire(state)
+                        self.load_weights(weights, weight_scales, masks, loads, state, k, row_tile, expert)
+                    early -= 1
+                    barrier = loads.producer_get_barrier(state)
+                    atom, tSource, tTarget = tokens
+                    cute.copy(
+                        atom,
+                        tSource[None, token_at, k, 0],
+                        tTarget[None, state.index],
+                        tma_bar_ptr=barrier,
+                        mcast_mask=masks[2],
+                    )
+                    atom, tSource, tTarget = token_scales
+                    cute.copy(
+                        atom,
+                        tSource[None, token_at, k, 0],
+                        tTarget[None, state.index],
+                        tma_bar_ptr=barrier,
+                        mcast_mask=masks[3],
+                    )
+                    state.advance()
+                expert, first_slot, _, _ = next_entry
+            loads.producer_tail(state)
+
+        if warp == self.mma_warp:
+            tmem.wait_for_alloc()
+            self.multiply(
+                mma,
+                tmem.retrieve_ptr(Float32),
+                sums_layout,
+                sWeights,
+                sTokens,
+                sWeightScales,
+                sTokenScales,
+                loads,
+                sums,
+                member == 0,
+                first,
+                units,
+                step,
+                count,
+            )
+
+        if warp < self.mma_warp:
+            tmem.allocate(TENSOR_COLUMNS)
+            tmem.wait_for_alloc()
+            columns = tmem.retrieve_ptr(Float32)
+            cute.arch.griddepcontrol_wait()  # for act_scale by slot, and what is overwritten here
+            # Not before tensor memory is this kernel's: a successor could take it and wait for this one.
+            cute.arch.griddepcontrol_launch_dependents()
+            self.store(
+                cute.make_tensor(columns, sums_layout),
+                thread,
+                storage,
+                sums,
+                mRowScale,
+                mActScale,
+                mPairs,
+                mOut,
+                mOutScales,
+                mOutActScale,
+                by_slot,
+                by_expert,
+                out_by_expert,
+                limit,
+                table,
+                row_tiles,
+                first,
+                units,
+                step,
+                member,
+            )
+            tmem.relinquish_alloc_permit()
+            pipeline.NamedBarrier(
+                barrier_id=FIRST_GROUP_BARRIER + 2, num_threads=128 * c.epilogue_groups
+            ).arrive_and_wait()
+            tmem.free(columns)
+
+    def synchronization(self, storage, layouts: Layouts):
+        """(pipeline of stages, pipeline of accumulators, allocator of tensor memory)."""
+        c = self.config
+        loads = pipeline.PipelineTmaUmma.create(
+            barrier_storage=storage.loads.data_ptr(),
+            num_stages=c.stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
+            tx_count=c.stage_bytes * c.ctas,
+            cta_layout_vmnk=layouts.cluster,
+            defer_sync=True,
+        )
+        sums = pipeline.PipelineUmmaAsync.create(
+            barrier_storage=storage.sums.data_ptr(),
+            num_stages=c.accumulator_stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 128 * c.epilogue_groups * c.ctas),
+            cta_layout_vmnk=layouts.cluster,
+            defer_sync=True,
+        )
+        tmem = cutlass.memory.TmemAllocator(
+            storage.tmem.ptr,
+            barrier_for_retrieve=pipeline.NamedBarrier(
+                barrier_id=TMEM_BARRIER, num_threads=128 * c.epilogue_groups + 32
+            ),
+            allocator_warp_id=0,
+            is_two_cta=c.ctas == 2,
+            two_cta_tmem_dealloc_mbar_ptr=storage.tmem_freed.ptr,
+        )
+        return loads, sums, tmem
+
+    @cute.jit
+    def partition_loads(self, atom, member, members, shared: cute.Tensor, tiles: cute.Tensor):
+        """(atom, global view by tile, shared view by stage) of one TMA load."""
+        tTarget, tSource = cpasync.tma_partition(
+            atom, member, members, cute.group_modes(shared, 0, 3), cute.group_modes(tiles, 0, 3)
+        )
+        return atom, cute.filter_zeros(tSource), cute.filter_zeros(tTarget)
+
+    @cute.jit
+    def load_weights(
+        self, weights, weight_scales, masks, loads, state, k: Int32, row_tile: Int32, expert: Int32
+    ):
+        """Codes and scales of every panel into the stage that `state` names."""
+        c = self.config
+        barrier = loads.producer_get_barrier(state)
+        for p in cutlass.range_constexpr(c.panels):
+            if cutlass.const_expr(self.activated):
+                row, matrix = row_tile, expert * 2 + p
+            else:
+                row, matrix = row_tile * c.panels + p, expert
+            slot = state.index * c.panels + p
+            for load, mask in ((weights, masks[0]), (weight_scales, masks[1])):
+                atom, tSource, tTarget = load
+                cute.copy(
+                    atom,
+                    tSource[None, row, k, matrix],
+                    tTarget[None, slot],
+                    tma_bar_ptr=barrier,
+                    mcast_mask=mask,
+                )
+
+    @cute.jit
+    def scale_copy(self, shared: cute.Tensor, target: cute.Tensor):
+        """(tiled copy, shared view by stage, tensor memory view) of block scales on their way to tensor memory."""
+        group = tcgen05.CtaGroup.TWO if self.config.ctas == 2 else tcgen05.CtaGroup.ONE
+        compact = cute.filter_zeros(target)
+        copy = tcgen05.make_s2t_copy(cute.make_copy_atom(tcgen05.Cp4x32x128bOp(group), Float8E4M3FN), compact)
+        thr_copy = copy.get_slice(0)
+        source = tcgen05.get_s2t_smem_desc_tensor(copy, thr_copy.partition_S(cute.filter_zeros(shared)))
+        return copy, source, thr_copy.partition_D(compact)
+
+    @cute.jit
+    def multiply(
+        self,
+        mma: cute.TiledMma,
+        columns: cute.Pointer,
+        sums_layout: cute.Layout,
+        sWeights: cute.Tensor,
+        sTokens: cute.Tensor,
+        sWeightScales: cute.Tensor,
+        sTokenScales: cute.Tensor,
+        loads,
+        sums,
+        leads: cutlass.Boolean,
+        first: Int32,
+        units: Int32,
+        step: Int32,
+        count: Int32,
+    ):
+        """Issue every product of this CTA's tiles; of two CTAs, the first issues for both."""
+        c = self.config
+        layouts = self.layouts()
+        tCrWeights = mma.make_fragment_A(sWeights)
+        tCrTokens = mma.make_fragment_B(sTokens)
+        tCtSums = cute.make_tensor(columns, sums_layout)
+        used = c.panels * c.accumulator_stages * c.tokens
+        panel_columns = TILE_K // 64 * 4
+        weight_layout = blockscaled.make_tmem_layout_sfa(
+            mma, self.tile, GROUP_SIZE, cute.slice_(layouts.weight_scales, (None, None, None, 0))
+        )
+        token_layout = blockscaled.make_tmem_layout_sfb(
+            mma, self.tile, GROUP_SIZE, cute.slice_(layouts.token_scales, (None, None, None, 0))
+        )
+        tWeightScales = [
+            cute.make_tensor(
+                cute.recast_ptr(columns + (used + p * panel_columns), dtype=Float8E4M3FN), weight_layout
+            )
+            for p in range(c.panels)
+        ]
+        tTokenScales = cute.make_tensor(
+            cute.recast_ptr(columns + (used + c.panels * panel_columns), dtype=Float8E4M3FN), token_layout
+        )
+        weight_copies = [self.scale_copy(sWeightScales, t) for t in tWeightScales]
+        token_copy = self.scale_copy(sTokenScales, tTokenScales)
+
+        load_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.stages)
+        sums_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.accumulator_stages)
+        for _ in cutlass.range(first, units, step, unroll=1):
+            if leads:
+                sums.producer_acquire(sums_state)
+                fence_after_wait()
+                for k in cutlass.range(count, unroll=1):
+                    loads.consumer_wait(load_state)
+                    copy, source, target = token_copy
+                    cute.copy(copy, source[None, None, None, None, load_state.index], target)
+                    for p in cutlass.range_constexpr(c.panels):
+                        copy, source, target = weight_copies[p]
+                        slot = load_state.index * c.panels + p
+                        cute.copy(copy, source[None, None, None, None, slot], target)
+                    for p in cutlass.range_constexpr(c.panels):
+                        mma.set(tcgen05.Field.ACCUMULATE, k != 0)
+                        acc = tCtSums[None, None, None, sums_state.index * c.panels + p]
+                        cute.gemm(
+                            mma,
+                            acc,
+                            [tCrWeights[None, None, None, load_state.index * c.panels + p], tWeightScales[p]],
+                            [tCrTokens[None, None, None, load_state.index], tTokenScales],
+                            acc,
+                        )
+                    loads.consumer_release(load_state)
+                    load_state.advance()
+                sums.producer_commit(sums_state)
+            sums_state.advance()
+        sums.producer_tail(sums_state)
+
+    def accumulator_load(self, tCtSums: cute.Tensor, thread):
+        """(tiled copy, a thread's view (values, 1, 1, 1, chunk, tile * panels + panel), its values' (lane, column))."""
+        chunk = self.config.chunk
+        chunks = cute.flat_divide(tCtSums[(None, None), 0, 0, None], (ROWS, chunk))
+        atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(chunk)), Float32)
+        load = tcgen05.make_tmem_copy(atom, chunks[None, None, 0, 0, 0])
+        thr_load = load.get_slice(thread)
+        values = thr_load.partition_D(cute.make_identity_tensor((ROWS, chunk)))
+        return load, thr_load.partition_S(chunks), values
+
+    @cute.jit
+    def read_sums(self, load, source: cute.Tensor, target: cute.Tensor):
+        cute.copy(load, source, target)
+        cute.arch.fence_view_async_tmem_load()
+
+    @cute.jit
+    def store(
+        self,
+        tCtSums: cute.Tensor,
+        thread: Int32,
+        storage,
+        sums,
+        mRowScale: cute.Tensor,
+        mActScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+        mOutActScale: cute.Tensor,
+        by_slot: Int32,
+        by_expert: Int32,
+        out_by_expert: Int32,
+        limit: Float32,
+        table: Int64,
+        row_tiles: Int32,
+        first: Int32,
+        units: Int32,
+        step: Int32,
+        member: Int32,
+    ):
+        """Scale, activate, transpose through shared memory a chunk of slots at a time, round, store.
+
+        A thread has a weight row of every panel, a group of four warps all rows of a chunk's slots.
+        """
+        c = self.config
+        group = thread // 128
+        inside = thread % 128
+        results = mRowScale.shape[1] // (2 if self.activated else 1)
+        sActScales = storage.act_scales.get_tensor(cute.make_layout((c.tokens, c.epilogue_groups)))
+        sPairs = storage.pairs.get_tensor(cute.make_layout((c.tokens, c.epilogue_groups)))
+        half_bytes = cutlass.const_expr(c.chunk * PITCH)
+        staged = smem_address(storage.output.data_ptr()) + group * (2 * half_bytes)
+
+        load, tSums, values = self.accumulator_load(tCtSums, inside)
+        acc = [cute.make_rmem_tensor(values.shape, Float32) for _ in range(c.panels if self.activated else 1)]
+
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.accumulator_stages)
+        half = Int32(0)
+        expert, first_slot, slots, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
+        for unit in cutlass.range(first, units, step, unroll=1):
+            following = cutlass.min(unit + step, units - 1)
+            next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
+            self.meet(group)  # the previous tile's scales and pairs have been read
+            for slot in cutlass.range(inside, c.tokens, 128, unroll=1):
+                if slot < slots:
+                    at = by_slot * (first_slot + slot) + by_expert * expert
+                    sActScales[slot, group] = mActScale[at]
+                    if cutlass.const_expr(not self.activated):
+                        sPairs[slot, group] = mPairs[first_slot + slot]
+                else:
+                    sActScales[slot, group] = Float32(0.0)
+            factors = []
+            rows = []
+            for p in cutlass.range_constexpr(c.panels):
+                if cutlass.const_expr(self.activated):
+                    tile_row = (unit % row_tiles * c.ctas + member) * ROWS
+                    n = cutlass.min(tile_row + inside, results - 1) + p * results
+                else:
+                    tile_row = ((unit % row_tiles * c.panels + p) * c.ctas + member) * ROWS
+                    n = cutlass.min(tile_row + inside, results - 1)
+                rows.append(tile_row)
+                factors.append(mRowScale[expert, n])
+            out_scale = Float32(1.0)
+            if cutlass.const_expr(self.result is Result.NVFP4):
+                out_scale = mOutActScale[out_by_expert * expert]
+            self.meet(group)
+            sums.consumer_wait(state)
+            fence_after_wait()
+            count = cute.ceil_div(slots, c.chunk)
+            if group >= count:
+                sums.consumer_release(state)
+            for e in cutlass.range(group, count, c.epilogue_groups, unroll=1):
+                chunk_slots = slots - e * c.chunk
+                for turn in cutlass.range_constexpr(1 if self.activated else c.panels):
+                    for p in cutlass.range_constexpr(len(acc)):
+                        source = tSums[None, None, None, 0, e, state.index * c.panels + turn + p]
+                        self.read_sums(load, source, acc[p])
+                    last = cutlass.const_expr(turn + len(acc) == c.panels)
+                    if last and e + c.epilogue_groups >= count:
+                        fence_before_arrive()
+                        sums.consumer_release(state)
+                    buffer = staged + half * half_bytes
+                    half = half ^ 1
+                    for j in cutlass.range_constexpr(c.chunk):
+                        act_scale = sActScales[e * c.chunk + j, group]
+                        if cutlass.const_expr(self.activated):
+                            gate = acc[0][j] * factors[0] * act_scale
+                            up = acc[1][j] * factors[1] * act_scale
+                            value = swiglu(gate, up, limit)
+                        else:
+                            value = acc[0][j] * factors[turn] * act_scale
+                        store_bf16(buffer + j * PITCH + inside * 2, value)
+                    self.meet(group)
+                    if cutlass.const_expr(self.result is Result.NVFP4):
+                        self.store_rounded(
+                            buffer,
+                            inside,
+                            first_slot + e * c.chunk,
+                            chunk_slots,
+                            rows[0],
+                            out_scale,
+                            mOut,
+                            mOutScales,
+                        )
+                    elif cutlass.const_expr(self.activated):
+                        self.store_rows(
+                            buffer, inside, first_slot + e * c.chunk, chunk_slots, rows[0], mOut, None
+                        )
+                    else:
+                        self.store_rows(
+                            buffer, inside, e * c.chunk, chunk_slots, rows[turn], mOut, sPairs[None, group]
+                        )
+            state.advance()
+            expert, first_slot, slots, _ = next_entry
+
+    @cute.jit
+    def store_rows(
+        self,
+        buffer: Int32,
+        inside: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        column: Int32,
+        mOut: cute.Tensor,
+        sPairs,
+    ):
+        """A chunk's 128 columns, 16 bytes a thread; rows are slots from `first_slot` on, or their pairs."""
+        lines = cutlass.const_expr(128 // (ROWS * 2 // 16))  # slots at a time
+        n = column + inside % 16 * 8
+        for i in cutlass.range_constexpr(self.config.chunk // lines):
+            slot = inside // 16 + i * lines
+            if slot < slots and n < mOut.shape[1]:
+                words = load_words(buffer + slot * PITCH + inside % 16 * 16, 4)
+                piece = cute.make_rmem_tensor(4, Uint32)
+                for w in cutlass.range_constexpr(4):
+                    piece[w] = words[w]
+                row = first_slot + slot
+                if cutlass.const_expr(sPairs is not None):
+                    row = sPairs[row]
+                target = mOut.iterator + (Int64(row) * mOut.shape[1] + n)
+                target = cute.recast_ptr(target.align(16), dtype=Uint32)
+                cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+
+    @cute.jit
+    def store_rounded(
+        self,
+        buffer: Int32,
+        inside: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        column: Int32,
+        scale: Float32,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+    ):
+        """A chunk's slots in NVFP4: a thread rounds a group of 16 at a time, four threads have an atom's scales."""
+        c = self.config
+        lines = cutlass.const_expr(128 // (ROWS // GROUP_SIZE))  # slots at a time
+        part = inside % 8
+        for i in cutlass.range_constexpr(c.chunk // lines):
+            slot = inside // 8 + i * lines
+            address = buffer + slot * PITCH + part * 32
+            words = cute.make_rmem_tensor(8, Uint32)
+            for h in cutlass.range_constexpr(2):
+                some = load_words(address + h * 16, 4)
+                for w in cutlass.range_constexpr(4):
+                    words[h * 4 + w] = some[w]
+            values = cute.make_rmem_tensor(GROUP_SIZE, Float32)
+            values.store(cute.recast_tensor(words, BFloat16).load().to(Float32))
+            low, high, bits = round_group(values, scale)
+            # Lanes 4 q .. 4 q + 3 hold the groups of one 64 k: their scales are one word of an atom.
+            scales = bits << (8 * (part % 4))
+            scales = scales | cute.arch.shuffle_sync_bfly(scales, 1)
+            scales = scales | cute.arch.shuffle_sync_bfly(scales, 2)
+            row = first_slot + slot
+            n = column + part * GROUP_SIZE
+            if slot < slots:
+                if n < mOut.shape[1] * 2:
+                    piece = cute.make_rmem_tensor(2, Uint32)
+                    piece[0] = low
+                    piece[1] = high
+                    target = mOut.iterator + (Int64(row) * mOut.shape[1] + n // 2)
+                    target = cute.recast_ptr(target.align(8), dtype=Uint32)
+                    cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(2)))
+                if part % 4 == 0 and n // 64 < mOutScales.shape[1]:
+                    target = mOutScales.iterator + scale_offset(
+                        row, n // GROUP_SIZE, c.tokens, mOutScales.shape[1]
+                    )
+                    target = cute.recast_ptr(target.align(4), dtype=Uint32)
+                    cute.make_tensor(target, cute.make_layout(1))[0] = scales
+
+    @cute.jit
+    def meet(self, group: Int32):
+        """A barrier of one group of four warps; a computed barrier number would reserve all 16."""
+        if cutlass.const_expr(self.config.epilogue_groups == 1):
+            cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
+        else:
+            if group == 0:
+                cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
+            else:
+                cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER + 1, number_of_threads=128)

@@ -1,0 +1,711 @@
+"""NVFP4 W4A4 linear on Blackwell's tensor cores.
+
+    out[m, n] = act_scale[m] * row_scale[n] * sum_k x[m, k] w[n, k] + bias[n]
+
+Swapped operands: weights are tcgen05.mma's A operand, 128 rows a CTA, tokens its B operand, so few tokens make a
+narrow tile instead of an empty one. Accumulators lie in tensor memory: a lane is a weight row, a column a token.
+
+    operand     shape                                     dtype      layout
+    codes       [N, K'/2]                                 uint8      K-major, K' = K rounded up to 32
+    scales      [groups * ceil(N/groups/128), KB, 32, 16] uint8      ue4m3 in 128x4 tiles, KB = ceil(K / 64)
+    x codes     [M, groups * K'/2]                        uint8      as codes; quantize.py makes them
+    x scales    [groups * ceil(M/128), KB, 32, 16]        uint8      as scales
+    act_scale   [1] or [M]                                f32        index m * stride, stride 0 or 1
+    row_scale   [N]                                       f32
+    bias        [N]                                       f32        counts `has_bias` (0 or 1) times
+    out         [M, N]                                    bf16, f32  row-major
+
+Never run: compiled for sm_100a and sm_103a; no figure of its speed exists.
+
+Roles per CTA (128 weight rows by `tokens`)
+    warps 0 to 3    epilogue: tensor memory -> registers -> scaled -> global memory; warp w has lanes 32 w ..
+    warp 4          MMA: block scales from shared to tensor memory, then four MMAs of k = 64, for each stage
+    warp 5          producer; keeps `stages` TMA loads in flight, the first weights before the previous kernel
+                    has finished
+A `pair` of CTAs (ranks 0 and 1 of a cluster) has one MMA of 256 rows: each loads its 128 rows, half of the tokens'
+codes and all of their scales; rank 0 issues for both.
+Pipelines
+    full[stage]     producers' bytes, and rank 0's arrival       ->  MMA warp of rank 0
+    empty[stage]    MMAs that read the stage are done            ->  producers of both CTAs
+    done[buffer]    MMAs of the tile are done                    ->  epilogues of both CTAs
+    free[buffer]    epilogue warps of both CTAs have read it     ->  MMA warp of rank 0
+Tensor memory
+    two accumulators, then the scales of one stage. Where both do not fit (256 tokens), they share columns: the
+    epilogue reads those first and frees them, and the next tile's MMAs run while it reads the rest.
+Tiles
+    Token tiles are the fast index within groups of `token_group` tiles; a persistent grid walks them.
+Reduction
+    `split_k` CTAs of a cluster share a tile's K: each sends the partial sums of a slice of tokens to the CTA that
+    owns the slice, which adds them in ascending k order and stores. Deterministic, no workspace, one tile a CTA.
+Launch
+    The next kernel may start once tensor memory is allocated, not before: a kernel that starts early and takes it
+    could otherwise wait for this one, and this one for its tensor memory.
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.blackwell_helpers as blackwell
+import cutlass.utils.blockscaled_layout as blockscaled
+from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
+
+from ..device.cluster import address_in_cluster, store_in_cluster
+from ..device.ptx import smem_address
+from ..device.views import partition_loads
+from ..format import GROUP_SIZE
+from .ptx import fence_after_wait, fence_before_arrive
+from .tiles import ATOM_BYTES, ROWS, STEP_K, LinearTile
+from .views import ATOM_WORDS, codes_view, scales_view
+
+EPILOGUE_WARPS = 4
+MMA_WARP = 4
+PRODUCER_WARP = 5
+THREADS = 192
+BLOCKS = STEP_K // 64  # MMAs, and scale atoms along K, of a stage
+LANE = 1 << 16  # from one lane of tensor memory to the next, in its addresses
+
+
+class LinearKernel:
+    """One compiled kernel: a tile."""
+
+    def __init__(self, tile: LinearTile):
+        tile.check()
+        self.tile = tile
+        self.cta_group = tcgen05.CtaGroup.TWO if tile.pair else tcgen05.CtaGroup.ONE
+
+    def layouts(self) -> dict:
+        """What the kernel takes its addresses from: the MMA, shared and tensor memory of one CTA.
+
+        Needs a CuTe DSL context, no GPU. Modes of the codes are (MMA, rows, K, stages), of the scales
+        (MMA, rows, K, stages); scales in tensor memory are (MMA, rows, K).
+        """
+        t = self.tile
+        k_major = OperandMajorMode.K
+        shape = (t.rows, t.tokens, STEP_K)
+        mma = blackwell.make_blockscaled_trivial_tiled_mma(
+            Float4E2M1FN, Float4E2M1FN, k_major, k_major, Float8E4M3FN, GROUP_SIZE, self.cta_group, shape[:2]
+        )
+        weight_scales = blockscaled.make_smem_layout_sfa(mma, shape, GROUP_SIZE, t.stages)
+        token_scales = blockscaled.make_smem_layout_sfb(mma, shape, GROUP_SIZE, t.stages)
+        one = (None, None, None, 0)
+        return {
+            "mma": mma,
+            "weights": blackwell.make_smem_layout_a(mma, shape, Float4E2M1FN, t.stages),
+            "tokens": blackwell.make_smem_layout_b(mma, shape, Float4E2M1FN, t.stages),
+            "weight scales": weight_scales,
+            "token scales": token_scales,
+            "weight scales in tensor memory": blockscaled.make_tmem_layout_sfa(
+                mma, shape, GROUP_SIZE, cute.slice_(weight_scales, one)
+            ),
+            "token scales in tensor memory": blockscaled.make_tmem_layout_sfb(
+                mma, shape, GROUP_SIZE, cute.slice_(token_scales, one)
+            ),
+            # what TMA writes: the same bytes, whole atoms, K fastest
+            "weight scale atoms": cute.make_layout((ATOM_WORDS, BLOCKS, 1, t.stages)),
+            "token scale atoms": cute.make_layout((ATOM_WORDS, BLOCKS, t.scale_atoms, t.stages)),
+        }
+
+    @cute.jit
+    def __call__(
+        self,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mXCodes: cute.Tensor,
+        mXScales: cute.Tensor,
+        mActScale: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        groups: Int32,
+        act_stride: Int32,
+        has_bias: Float32,
+        token_group: Int32,
+        max_ctas: Int32,
+        stream,
+    ):
+        t = self.tile
+        layouts = self.layouts()
+        mma = layouts["mma"]
+        k = mCodes.shape[1] * 2
+        group_rows = mCodes.shape[0] // groups
+        shape = (t.rows, t.tokens, STEP_K)
+        load = cpasync.CopyBulkTensorTileG2SOp(self.cta_group)
+        one = (None, None, None, 0)
+        cluster_shape = cute.tiled_divide(cute.make_layout((t.ctas, 1, 1)), (mma.thr_id.shape,)).shape
+        weight_atom, tWeights = cute.nvgpu.make_tiled_tma_atom_A(
+            load,
+            codes_view(mCodes, group_rows, k, groups, False),
+            cute.slice_(layouts["weights"], one),
+            shape,
+            mma,
+            cluster_shape,
+        )
+        token_atom, tTokens = cute.nvgpu.make_tiled_tma_atom_B(
+            load,
+            codes_view(mXCodes, mXCodes.shape[0], k, groups, True),
+            cute.slice_(layouts["tokens"], one),
+            shape,
+            mma,
+            cluster_shape,
+        )
+        weight_scale_atom, tWeightScales = cpasync.make_tiled_tma_atom(
+            load,
+            scales_view(mScales, groups),
+            cute.slice_(layouts["weight scale atoms"], one),
+            (ATOM_WORDS, BLOCKS, 1),
+        )
+        token_scale_atom, tTokenScales = cpasync.make_tiled_tma_atom(
+            load,
+            scales_view(mXScales, groups),
+            cute.slice_(layouts["token scale atoms"], one),
+            (ATOM_WORDS, BLOCKS, t.scale_atoms),
+        )
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, t.stages]
+            empty: cute.struct.MemRange[Int64, t.stages]
+            done: cute.struct.MemRange[Int64, 2]
+            free: cute.struct.MemRange[Int64, 2]
+            tensor_memory: Int32
+            weights: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["weights"].outer)], 1024
+            ]
+            tokens: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["tokens"].outer)], 1024
+            ]
+            weight_scales: cute.struct.Align[
+                cute.struct.MemRange[Int64, cute.cosize(layouts["weight scale atoms"])], 1024
+            ]
+            token_scales: cute.struct.Align[
+                cute.struct.MemRange[Int64, cute.cosize(layouts["token scale atoms"])], 1024
+            ]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
+
+        self.shared = Shared
+        token_tiles = cute.ceil_div(mOut.shape[0], t.tokens)
+        row_tiles = cute.ceil_div(group_rows, t.rows) * groups
+        tiles = token_tiles * row_tiles
+        ctas = tiles * t.cluster
+        if cutlass.const_expr(t.split_k == 1):
+            ctas = cutlass.min(tiles, cutlass.max(max_ctas // t.ctas, 1)) * t.ctas
+        self.kernel(
+            mma,
+            weight_atom,
+            tWeights,
+            token_atom,
+            tTokens,
+            weight_scale_atom,
+            tWeightScales,
+            token_scale_atom,
+            tTokenScales,
+            mActScale,
+            mRowScale,
+            mBias,
+            mOut,
+            group_rows,
+            act_stride,
+            has_bias,
+            token_group,
+            token_tiles,
+            row_tiles,
+            layouts["weights"],
+            layouts["tokens"],
+        ).launch(
+            grid=(ctas, 1, 1),
+            block=(THREADS, 1, 1),
+            cluster=(t.cluster, 1, 1),
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mma: cute.TiledMma,
+        weight_atom: cute.CopyAtom,
+        tWeights: cute.Tensor,
+        token_atom: cute.CopyAtom,
+        tTokens: cute.Tensor,
+        weight_scale_atom: cute.CopyAtom,
+        tWeightScales: cute.Tensor,
+        token_scale_atom: cute.CopyAtom,
+        tTokenScales: cute.Tensor,
+        mActScale: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        group_rows: Int32,
+        act_stride: Int32,
+        has_bias: Float32,
+        token_group: Int32,
+        token_tiles: Int32,
+        row_tiles: Int32,
+        weight_layout: cute.ComposedLayout,
+        token_layout: cute.ComposedLayout,
+    ):
+        t = self.tile
+        layouts = self.layouts()
+        stages = t.stages
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bid, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        rank = bid % t.cluster
+        member = rank if t.pair else 0  # of the pair
+        part = rank if t.split_k > 1 else 0  # of K
+
+        storage = cutlass.memory.SmemAllocator().allocate(self.shared)
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        done, free = storage.done.data_ptr(), storage.free.data_ptr()
+        sWeights = storage.weights.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
+        sTokens = storage.tokens.get_tensor(token_layout.outer, swizzle=token_layout.inner)
+        if warp == PRODUCER_WARP:
+            for atom in (weight_atom, token_atom, weight_scale_atom, token_scale_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(stages):
+                    cute.arch.mbarrier_init(full + stage, 1)
+                    cute.arch.mbarrier_init(empty + stage, 1)
+                for buffer in cutlass.range_constexpr(2):
+                    cute.arch.mbarrier_init(done + buffer, 1)
+                    cute.arch.mbarrier_init(free + buffer, EPILOGUE_WARPS * t.ctas)
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(t.cluster > 1):  # before a pair allocates together
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        if warp == 0:
+            cute.arch.alloc_tmem(t.tensor_memory, storage.tensor_memory.ptr, is_two_cta=t.pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=t.pair)
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_launch_dependents()
+
+        steps = cute.ceil_div(tWeights.shape[1], STEP_K)
+        first = part * steps // t.split_k
+        count = (part + 1) * steps // t.split_k - first
+        tiles = token_tiles * row_tiles
+        group_tiles = cute.ceil_div(group_rows, t.rows)  # row tiles of a group
+        start = bid // t.cluster
+        stride = ctas // t.cluster
+
+        if warp == PRODUCER_WARP:
+            thr_mma = mma.get_slice(member)
+            gWeights = cute.local_tile(tWeights, (t.rows, STEP_K), (None, None, None))
+            gTokens = cute.local_tile(tTokens, (t.tokens, STEP_K), (None, None, None))
+            gWeightScales = cute.local_tile(tWeightScales, (ATOM_WORDS, BLOCKS, 1), (0, None, None, None))
+            gTokenScales = cute.local_tile(
+                tTokenScales, (ATOM_WORDS, BLOCKS, t.scale_atoms), (0, None, None, None)
+            )
+            tWs, tWg = partition_loads(weight_atom, sWeights, thr_mma.partition_A(gWeights), 3)
+            tTs, tTg = partition_loads(token_atom, sTokens, thr_mma.partition_B(gTokens), 3)
+            tWSs, tWSg = partition_loads(
+                weight_scale_atom,
+                storage.weight_scales.get_tensor(layouts["weight scale atoms"]),
+                gWeightScales,
+                3,
+            )
+            tTSs, tTSg = partition_loads(
+                token_scale_atom,
+                storage.token_scales.get_tensor(layouts["token scale atoms"]),
+                gTokenScales,
+                3,
+            )
+            # Weights first, then tokens once the previous kernel's results are visible.
+            token_tile, row_tile = self.coordinates(start, token_group, token_tiles, row_tiles)
+            group, inside = row_tile // group_tiles, row_tile % group_tiles
+            scale_tile = token_tile * t.tokens // (128 * t.scale_atoms)
+            for stage in cutlass.range_constexpr(stages):
+                if stage < count:
+                    self.expect(full + stage, member)
+                    at = first + stage
+                    cute.copy(
+                        weight_atom, tWg[None, inside, at, group], tWs[None, stage], tma_bar_ptr=full + stage
+                    )
+                    cute.copy(
+                        weight_scale_atom,
+                        tWSg[None, at, inside * t.ctas + member, group],
+                        tWSs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+            cute.arch.griddepcontrol_wait()
+            for stage in cutlass.range_constexpr(stages):
+                if stage < count:
+                    at = first + stage
+                    cute.copy(
+                        token_atom,
+                        tTg[None, token_tile, at, group],
+                        tTs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+                    cute.copy(
+                        token_scale_atom,
+                        tTSg[None, at, scale_tile, group],
+                        tTSs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+            # a stage of the ring that nothing was loaded into counts as released
+            stage = cutlass.min(count, stages) % stages
+            phase = Int32(1)
+            if count >= stages:
+                phase = Int32(0)
+            step = cutlass.min(count, stages)
+            for tile in cutlass.range(start, tiles, stride, unroll=1):
+                token_tile, row_tile = self.coordinates(tile, token_group, token_tiles, row_tiles)
+                group, inside = row_tile // group_tiles, row_tile % group_tiles
+                scale_tile = token_tile * t.tokens // (128 * t.scale_atoms)
+                for at in cutlass.range(first + step, first + count, unroll=1):
+                    cute.arch.mbarrier_wait(empty + stage, phase)
+                    self.expect(full + stage, member)
+                    cute.copy(
+                        weight_atom, tWg[None, inside, at, group], tWs[None, stage], tma_bar_ptr=full + stage
+                    )
+                    cute.copy(
+                        weight_scale_atom,
+                        tWSg[None, at, inside * t.ctas + member, group],
+                        tWSs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+                    cute.copy(
+                        token_atom,
+                        tTg[None, token_tile, at, group],
+                        tTs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+                    cute.copy(
+                        token_scale_atom,
+                        tTSg[None, at, scale_tile, group],
+                        tTSs[None, stage],
+                        tma_bar_ptr=full + stage,
+                    )
+                    stage += 1
+                    if stage == stages:
+                        stage = Int32(0)
+                        phase = phase ^ 1
+                step = Int32(0)
+            # every stage is read and every arrival from the other CTA is here before this one ends
+            for _ in cutlass.range(stages, unroll=1):
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                stage += 1
+                if stage == stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+        elif warp == MMA_WARP:
+            if member == 0:
+                self.multiply(
+                    mma, storage, sWeights, sTokens, start, tiles, stride, count, token_group, token_tiles, row_tiles
+                )  # fmt: skip
+        else:
+            self.store(
+                storage, start, tiles, stride, count, part, member, group_rows, group_tiles, token_group,
+                token_tiles, row_tiles, mActScale, mRowScale, mBias, mOut, act_stride, has_bias,
+            )  # fmt: skip
+        if cutlass.const_expr(t.cluster > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+        if warp < EPILOGUE_WARPS:
+            if cutlass.const_expr(t.split_k > 1):
+                token_tile, row_tile = self.coordinates(start, token_group, token_tiles, row_tiles)
+                self.reduce_partials(
+                    storage, part, member, token_tile, row_tile, group_rows, group_tiles,
+                    mActScale, mRowScale, mBias, mOut, act_stride, has_bias,
+                )  # fmt: skip
+            if warp == 0:
+                pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.ptr)
+                cute.arch.dealloc_tmem(pointer, t.tensor_memory, is_two_cta=t.pair)
+
+    @cute.jit
+    def coordinates(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+        """Linear tile index -> (token tile, row tile over all groups)."""
+        group = index // (token_group * row_tiles)
+        width = cutlass.min(token_group, token_tiles - group * token_group)
+        inside = index - group * token_group * row_tiles
+        return group * token_group + inside % width, inside // width
+
+    @cute.jit
+    def expect(self, barrier: cute.Pointer, member: Int32):
+        """Announce a stage's bytes of all its CTAs, which arrive at rank 0's barrier."""
+        t = self.tile
+        if member == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, t.stage_bytes * t.ctas)
+
+    @cute.jit
+    def commit(self, barrier: cute.Pointer):
+        """Arrive, at both CTAs of a pair, when the MMAs issued so far are done."""
+        with cute.arch.elect_one():
+            if cutlass.const_expr(self.tile.pair):
+                tcgen05.commit(barrier, 0b11, self.cta_group)
+            else:
+                tcgen05.commit(barrier, None, self.cta_group)
+
+    @cute.jit
+    def accumulator(self, pointer: cute.Pointer, buffer: Int32, layout: cute.Layout):
+        return cute.make_tensor(pointer + buffer * self.tile.accumulator_stride, layout)
+
+    @cute.jit
+    def scale_copy(self, sScales: cute.Tensor, tScales: cute.Tensor):
+        """(copy, its sources by stage, its target) of a stage's block scales into tensor memory."""
+        atom = cute.make_copy_atom(tcgen05.Cp4x32x128bOp(self.cta_group), Float8E4M3FN)
+        target = cute.filter_zeros(tScales)
+        copy = tcgen05.make_s2t_copy(atom, target)
+        slice_ = copy.get_slice(0)
+        source = slice_.partition_S(cute.filter_zeros(sScales))
+        return copy, tcgen05.get_s2t_smem_desc_tensor(copy, source), slice_.partition_D(target)
+
+    @cute.jit
+    def multiply(
+        self,
+        mma: cute.TiledMma,
+        storage,
+        sWeights: cute.Tensor,
+        sTokens: cute.Tensor,
+        start: Int32,
+        tiles: Int32,
+        stride: Int32,
+        count: Int32,
+        token_group: Int32,
+        token_tiles: Int32,
+        row_tiles: Int32,
+    ):
+        """The MMA warp's part: the main loop of every tile."""
+        t = self.tile
+        layouts = self.layouts()
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        done, free = storage.done.data_ptr(), storage.free.data_ptr()
+        buffers = cutlass.const_expr(1 if t.overlaps else 2)
+        pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.ptr)
+        tCrA = mma.make_fragment_A(sWeights)
+        tCrB = mma.make_fragment_B(sTokens)
+        shape_c = mma.partition_shape_C((t.rows, t.tokens))
+        acc_layout = mma.make_fragment_C(shape_c).layout
+        scales = pointer + (t.accumulator_stride + t.tokens)
+        weight_scales = cute.recast_ptr(scales, dtype=Float8E4M3FN)
+        token_scales = cute.recast_ptr(scales + 4 * BLOCKS, dtype=Float8E4M3FN)
+        sfa_layout = layouts["weight scales in tensor memory"]
+        sfb_layout = layouts["token scales in tensor memory"]
+        tSFA = cute.make_tensor(weight_scales, sfa_layout)
+        tSFB = cute.make_tensor(token_scales, sfb_layout)
+        sSFA = cute.make_tensor(
+            cute.recast_ptr(storage.weight_scales.data_ptr(), dtype=Float8E4M3FN), layouts["weight scales"]
+        )
+        sSFB = cute.make_tensor(
+            cute.recast_ptr(storage.token_scales.data_ptr(), dtype=Float8E4M3FN), layouts["token scales"]
+        )
+        copy_a, from_a, to_a = self.scale_copy(sSFA, tSFA)
+        copy_b, from_b, to_b = self.scale_copy(sSFB, tSFB)
+        stage = Int32(0)
+        phase = Int32(0)
+        number = Int32(0)  # of tiles done
+        for tile in cutlass.range(start, tiles, stride, unroll=1):
+            token_tile, _ = self.coordinates(tile, token_group, token_tiles, row_tiles)
+            buffer = number % buffers
+            cute.arch.mbarrier_wait(free + buffer, (number // buffers & 1) ^ 1)
+            fence_after_wait()
+            acc = self.accumulator(pointer, number % 2, acc_layout)
+            # a tile of fewer than 128 tokens starts at a column of its atom, 32 tokens each
+            tSFBt = tSFB
+            if cutlass.const_expr(t.tokens < 128):
+                column = token_tile * t.tokens % 128 // 32
+                tSFBt = cute.make_tensor(
+                    cute.recast_ptr(scales + (4 * BLOCKS + column), dtype=Float8E4M3FN), sfb_layout
+                )
+            mma.set(tcgen05.Field.ACCUMULATE, False)
+            for _ in cutlass.range(count, unroll=1):
+                cute.arch.mbarrier_wait(full + stage, phase)
+                cute.copy(copy_a, from_a[None, None, None, None, stage], to_a)
+                cute.copy(copy_b, from_b[None, None, None, None, stage], to_b)
+                for block in cutlass.range_constexpr(BLOCKS):
+                    at = (None, None, block, stage)
+                    mma.set(tcgen05.Field.SFA, tSFA[None, None, block].iterator)
+                    mma.set(tcgen05.Field.SFB, tSFBt[None, None, block].iterator)
+                    cute.gemm(mma, acc, tCrA[at], tCrB[at], acc)
+                    mma.set(tcgen05.Field.ACCUMULATE, True)
+                self.commit(empty + stage)
+                stage += 1
+                if stage == t.stages:
+                    stage = Int32(0)
+                    phase = phase ^ 1
+            self.commit(done + buffer)
+            number += 1
+
+    @cute.jit
+    def store(
+        self,
+        storage,
+        start: Int32,
+        tiles: Int32,
+        stride: Int32,
+        count: Int32,
+        part: Int32,
+        member: Int32,
+        group_rows: Int32,
+        group_tiles: Int32,
+        token_group: Int32,
+        token_tiles: Int32,
+        row_tiles: Int32,
+        mActScale: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        act_stride: Int32,
+        has_bias: Float32,
+    ):
+        """An epilogue warp's part: a lane stores its weight row of every tile, `chunk` tokens at a time."""
+        t = self.tile
+        done, free = storage.done.data_ptr(), storage.free.data_ptr()
+        buffers = cutlass.const_expr(1 if t.overlaps else 2)
+        chunks = cutlass.const_expr(t.tokens // t.chunk)
+        # where accumulators overlap, these chunks have all the shared columns
+        shared = cutlass.const_expr(
+            -(-(t.tokens - t.accumulator_stride) // t.chunk) if t.overlaps else chunks
+        )
+        thread, _, _ = cute.arch.thread_idx()
+        pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.ptr)
+        load = cute.make_copy_atom(
+            tcgen05.Ld32x32bOp(tcgen05.Repetition(t.chunk), tcgen05.Pack.NONE), Float32
+        )
+        columns = cute.make_layout((ROWS, t.chunk), stride=(LANE, 1))
+        copy = tcgen05.make_tmem_copy(load, cute.make_tensor(pointer, columns))
+        slice_ = copy.get_slice(thread)
+        shape = slice_.partition_D(cute.make_identity_tensor((ROWS, t.chunk))).shape
+        if cutlass.const_expr(t.split_k == 1):
+            cute.arch.griddepcontrol_wait()
+        number = Int32(0)
+        for tile in cutlass.range(start, tiles, stride, unroll=1):
+            token_tile, row_tile = self.coordinates(tile, token_group, token_tiles, row_tiles)
+            n, real = self.row(row_tile, member, thread, group_rows, group_tiles)
+            factor, offset = self.scale_and_bias(n, real, mRowScale, mBias, has_bias)
+            buffer = number % buffers
+            cute.arch.mbarrier_wait(done + buffer, number // buffers & 1)
+            fence_after_wait()
+            for i in cutlass.range_constexpr(chunks):
+                at = Int32(i)
+                if cutlass.const_expr(t.overlaps):  # the first's last columns are the second's first
+                    at = i + (1 - number % 2) * (chunks - 1 - 2 * i)
+                first = at * t.chunk
+                values = cute.make_rmem_tensor(shape, Float32)
+                source = cute.make_tensor(pointer + (number % 2 * t.accumulator_stride + first), columns)
+                cute.copy(copy, slice_.partition_S(source), values)
+                cute.arch.fence_view_async_tmem_load()
+                if count == 0:  # no MMA wrote the accumulator
+                    values.fill(0.0)
+                if cutlass.const_expr(i + 1 == shared):
+                    fence_before_arrive()
+                    with cute.arch.elect_one():
+                        if cutlass.const_expr(t.pair):
+                            cute.arch.mbarrier_arrive(free + buffer, 0)
+                        else:
+                            cute.arch.mbarrier_arrive(free + buffer)
+                if cutlass.const_expr(t.split_k > 1):
+                    self.send_partials(values, storage, thread, part, i)
+                else:
+                    m = token_tile * t.tokens + first
+                    if m < mOut.shape[0]:
+                        self.store_tokens(
+                            values, t.chunk, m, n, real, factor, offset, mActScale, mOut, act_stride
+                        )
+            number += 1
+
+    @cute.jit
+    def row(self, row_tile: Int32, member: Int32, thread: Int32, group_rows: Int32, group_tiles: Int32):
+        """(weight row n of a thread's lane, whether it is one of the group's)."""
+        inside = row_tile % group_tiles * self.tile.rows + member * ROWS + thread
+        return row_tile // group_tiles * group_rows + inside, inside < group_rows
+
+    @cute.jit
+    def scale_and_bias(self, n: Int32, real, mRowScale: cute.Tensor, mBias: cute.Tensor, has_bias: Float32):
+        factor = Float32(0.0)
+        offset = Float32(0.0)
+        if real:
+            factor = mRowScale[n]
+            offset = mBias[n] * has_bias
+        return factor, offset
+
+    @cute.jit
+    def store_tokens(
+        self,
+        values: cute.Tensor,
+        tokens: cutlass.Constexpr,
+        m: Int32,
+        n: Int32,
+        real,
+        factor: Float32,
+        offset: Float32,
+        mActScale: cute.Tensor,
+        mOut: cute.Tensor,
+        act_stride: Int32,
+    ):
+        """Scale and store `tokens` (at most 32) values of row n, tokens m and on; lanes store consecutive n."""
+        lane = cute.arch.lane_idx()
+        most = mOut.shape[0] - 1
+        own = mActScale[cutlass.min(m + lane, most) * act_stride]
+        target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
+        for i in cutlass.range_constexpr(tokens):
+            scale = cute.arch.shuffle_sync(own, i)
+            if real and m + i <= most:
+                value = values[i] * (scale * factor) + offset
+                out = cute.make_tensor(target + Int64(i) * mOut.shape[1], cute.make_layout(1))
+                out[0] = value.to(mOut.element_type)
+
+    @cute.jit
+    def send_partials(
+        self,
+        values: cute.Tensor,
+        storage,
+        thread: Int32,
+        part: Int32,
+        chunk: cutlass.Constexpr,
+    ):
+        """Partial sums of token slice s go to CTA s of the cluster."""
+        t = self.tile
+        owned = cutlass.const_expr(t.tokens // t.split_k)
+        width = cutlass.const_expr(min(4, owned))
+        pieces = cutlass.const_expr(owned // width)
+        buffer = smem_address(storage.partials.data_ptr()) + (part * pieces * ROWS + thread) * (width * 4)
+        for i in cutlass.range_constexpr(t.chunk // width):
+            token = cutlass.const_expr(chunk * t.chunk + i * width)
+            target = address_in_cluster(buffer, Int32(token // owned))
+            sums = [values[i * width + j] for j in range(width)]
+            store_in_cluster(target + token % owned // width * (ROWS * width * 4), sums)
+
+    @cute.jit
+    def reduce_partials(
+        self,
+        storage,
+        part: Int32,
+        member: Int32,
+        token_tile: Int32,
+        row_tile: Int32,
+        group_rows: Int32,
+        group_tiles: Int32,
+        mActScale: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        act_stride: Int32,
+        has_bias: Float32,
+    ):
+        """Add the tokens this CTA owns in ascending k order, scale, store."""
+        t = self.tile
+        owned = cutlass.const_expr(t.tokens // t.split_k)
+        width = cutlass.const_expr(min(4, owned))
+        pieces = cutlass.const_expr(owned // width)
+        thread, _, _ = cute.arch.thread_idx()
+        n, real = self.row(row_tile, member, thread, group_rows, group_tiles)
+        factor, offset = self.scale_and_bias(n, real, mRowScale, mBias, has_bias)
+        partials = storage.partials.get_tensor(cute.make_layout((width, ROWS, pieces, t.split_k)))
+        cute.arch.griddepcontrol_wait()
+        for piece in cutlass.range_constexpr(pieces):
+            total = cute.make_rmem_tensor(width, Float32)
+            total.fill(0.0)
+            for source in cutlass.range_constexpr(t.split_k):
+                some = partials[None, thread, piece, source].load()
+                total.store(total.load() + some)
+            m = token_tile * t.tokens + part * owned + piece * width
+            if m < mOut.shape[0]:
+                self.store_tokens(total, width, m, n, real, factor, offset, mActScale, mOut, act_stride)
+
+
+assert ATOM_BYTES == ATOM_WORDS * 8

@@ -1,0 +1,506 @@
+"""Products of NVFP4 experts and NVFP4 tokens on workstation Blackwell: w13 with SwiGLU, and w2.
+
+    acc[p, s, n] = sum_k token[s, k] * weight[e, p, n, k]     panels p, slots s of one expert e
+    w13   h[s, n] = swiglu(acc[0] * g, acc[1] * u)            g, u = act_scale * row_scale of gate and up rows
+    w2    y[pair of s, n] = acc * act_scale * row_scale
+
+A slot is a row of the scratch: tile t of the table holds slots tokens * t and following.
+
+    weights       e2m1 [E, N, K' / 2], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 tiles, of w13
+                  those of gate rows first, then those of up rows
+    tokens        e2m1 [R, K' / 2] by slot; their scales e4m3 [tiles, KB, 32, 16], a 128x4 tile each
+    h, NVFP4      as tokens; h or y, bf16: [R, I], [M * T, H]
+
+Roles, pipelines and main loop are mainloop.py's; a CTA takes every grid-th unit, a tile of the table times a tile of
+weight rows. Row tiles are the fast index: CTAs that run together share an expert's tokens, and its next tile of
+tokens finds the weights in L2.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.nvgpu import cpasync
+
+from ..blackwell.ptx import decode_e4m3, encode_e4m3
+from ..blackwell.rounding import divide, scale_offset
+from ..device.activation import swiglu
+from ..device.ptx import load_coherent, settle
+from ..device.views import partition_loads
+from ..format import E2M1_MAX
+from ..sm100.experts_kernel import Result
+from .lanes import bf16_piece, shuffle, transpose_bytes
+from .linear_kernel import SCALE_TILE_BYTES, store_piece
+from .mainloop import SCALE_LINE, Mainloop, empty_sums, layouts, stage_layouts
+from .ptx import encode_pair
+from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
+
+
+class ExpertsKernel(Mainloop):
+    """One compiled kernel: a tile and what becomes of its sums."""
+
+    def __init__(self, tile: LinearTile, result: str):
+        super().__init__(tile)
+        self.result = Result(result)
+        self.activated = self.result is not Result.ROWS
+        if self.activated is not (tile.panels == 2):
+            raise ValueError(f"{tile}: w13 takes two panels, gate and up, and w2 one")
+
+    @cute.jit
+    def __call__(
+        self,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mX: cute.Tensor,
+        mXScales: cute.Tensor,
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]: (tiles, ...), then (expert, first slot, slots, ...)
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]; any without NVFP4
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]; any without NVFP4
+        by_slot: Int32,  # whether act_scale is each slot's
+        by_expert: Int32,  # whether it is each expert's
+        out_by_expert: Int32,
+        limit: Float32,
+        max_ctas: Int32,
+        stream,
+    ):
+        c = self.tile
+        boxes = stage_layouts(c)
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        x_atom, tX = cpasync.make_tiled_tma_atom(load, mX, boxes["token_codes"], (c.tokens, c.row_bytes))
+        code_atom, tCodes = cpasync.make_tiled_tma_atom(
+            load, panel_rows(mCodes, c.panels), boxes["row_codes"], (c.panel_rows, c.row_bytes)
+        )
+        x_scale_atom, tXScales = cpasync.make_tiled_tma_atom(
+            load,
+            tiles_view(mXScales),
+            boxes["token_scales"],
+            (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1),
+        )
+        scale_atom, tScales = cpasync.make_tiled_tma_atom(
+            load,
+            panel_tiles(mScales, c.panels),
+            boxes["row_scales"],
+            (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles // c.panels),
+        )
+        self.shared = self.shared_storage()
+        rows = mCodes.shape[1] // c.panels
+        if cutlass.const_expr(self.result is Result.NVFP4):
+            rows = mOutScales.shape[1] * 64  # up to the end of the last scale word: the rest is zero
+        row_tiles = cute.ceil_div(rows, c.panel_rows)
+        self.kernel(
+            x_atom,
+            tX,
+            x_scale_atom,
+            tXScales,
+            code_atom,
+            tCodes,
+            scale_atom,
+            tScales,
+            mRowScale,
+            mActScale,
+            mTable,
+            mPairs,
+            mOut,
+            mOutScales,
+            mOutActScale,
+            by_slot,
+            by_expert,
+            out_by_expert,
+            limit,
+            row_tiles,
+            cute.ceil_div(mScales.shape[2], c.k_blocks),
+        ).launch(
+            grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
+            block=(c.threads, 1, 1),
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x_atom: cute.CopyAtom,
+        tX: cute.Tensor,
+        x_scale_atom: cute.CopyAtom,
+        tXScales: cute.Tensor,
+        code_atom: cute.CopyAtom,
+        tCodes: cute.Tensor,
+        scale_atom: cute.CopyAtom,
+        tScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mActScale: cute.Tensor,
+        mTable: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+        mOutActScale: cute.Tensor,
+        by_slot: Int32,
+        by_expert: Int32,
+        out_by_expert: Int32,
+        limit: Float32,
+        row_tiles: Int32,
+        count: Int32,
+    ):
+        c = self.tile
+        cute.arch.griddepcontrol_launch_dependents()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        lane = cute.arch.lane_idx()
+        bid, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        storage = cutlass.memory.SmemAllocator().allocate(self.shared)
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        if warp == c.warps:
+            self.prefetch((x_atom, x_scale_atom, code_atom, scale_atom))
+        self.init_barriers(storage, warp)
+        # The table is the routing's, which had finished before the kernel before this one could let it start.
+        table = mTable.iterator.toint()
+
+        if warp >= c.warps:
+            self.give_registers()
+            if warp == c.warps:
+                shared = layouts(c)
+                sX = storage.token_codes.get_tensor(
+                    shared["token_codes"].outer, swizzle=shared["token_codes"].inner
+                )
+                sCodes = storage.row_codes.get_tensor(
+                    shared["row_codes"].outer, swizzle=shared["row_codes"].inner
+                )
+                sXScales = storage.token_scales.get_tensor(shared["token_scales"])
+                sScales = storage.row_scales.get_tensor(shared["row_scales"])
+                gX = cute.local_tile(tX, (c.tokens, c.row_bytes), (None, None))
+                gCodes = cute.local_tile(tCodes, (c.panel_rows, c.row_bytes), (None, None, None))
+                gXScales = cute.local_tile(
+                    tXScales, (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1), (0, 0, None, None)
+                )
+                gScales = cute.local_tile(
+                    tScales,
+                    (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles // c.panels),
+                    (0, 0, None, None, None),
+                )
+                tXs, tXg = partition_loads(x_atom, sX, gX, 2)
+                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
+                tXSs, tXSg = partition_loads(x_scale_atom, sXScales, gXScales, 4)
+                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 4)
+
+                tiles, _, _, _ = load_coherent(table)
+                units = cute.arch.make_warp_uniform(tiles * row_tiles)
+                # Of the first unit, weights first; tokens once the previous kernel's results are visible.
+                early = Int32(0)
+                if bid < units:
+                    early = cutlass.min(count, c.stages)
+                    expert, _, _, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
+                    for stage in cutlass.range(early, unroll=1):
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                        self.load_rows(
+                            code_atom, tCg, tCs, scale_atom, tSg, tSs,
+                            bid % row_tiles, expert, stage, full + stage, stage,
+                        )  # fmt: skip
+                cute.arch.griddepcontrol_wait()
+                stage = Int32(0)
+                phase = Int32(1)  # a fresh barrier counts as released
+                for unit in cutlass.range(bid, units, ctas, unroll=1):
+                    tile = unit // row_tiles
+                    expert, _, _, _ = load_coherent(table + Int64(tile + 1) * 16)
+                    for step in cutlass.range(count, unroll=1):
+                        if early <= 0:
+                            cute.arch.mbarrier_wait(empty + stage, phase)
+                            with cute.arch.elect_one():
+                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                            self.load_rows(
+                                code_atom, tCg, tCs, scale_atom, tSg, tSs,
+                                unit % row_tiles, expert, step, full + stage, stage,
+                            )  # fmt: skip
+                        early -= 1
+                        barrier = full + stage
+                        cute.copy(x_atom, tXg[None, tile, step], tXs[None, stage], tma_bar_ptr=barrier)
+                        cute.copy(
+                            x_scale_atom, tXSg[None, step, tile], tXSs[None, stage], tma_bar_ptr=barrier
+                        )
+                        stage += 1
+                        if stage == c.stages:
+                            stage = Int32(0)
+                            phase = phase ^ 1
+        else:
+            self.take_registers()
+            token_codes, row_codes = self.operand_addresses(storage, warp, lane)
+            acc = empty_sums(c)
+            stage = Int32(0)
+            phase = Int32(0)
+            tiles, _, _, _ = load_coherent(table)
+            units = cute.arch.make_warp_uniform(tiles * row_tiles)
+            for unit in cutlass.range(bid, units, ctas, unroll=1):
+                first_row = unit % row_tiles * c.panel_rows
+                stage, phase = self.accumulate(
+                    acc,
+                    count,
+                    stage,
+                    phase,
+                    lane,
+                    full,
+                    empty,
+                    token_codes,
+                    row_codes,
+                    self.token_scale_address(storage, warp, lane, Int32(0)),
+                    self.row_scale_address(storage, warp, lane, first_row),
+                )
+                if cutlass.const_expr(c.k_warps > 1):
+                    self.add_partials(acc, storage, warp, lane)
+                if warp < c.token_warps * c.row_warps:
+                    cute.arch.griddepcontrol_wait()  # the slots' scales are the previous kernel's
+                    # computed again, so that it takes no registers in the main loop
+                    token_warp, row_warp = self.warp_place(Int32(settle(Uint32(warp))))
+                    first_token = token_warp * c.warp_tokens
+                    entry = load_coherent(table + Int64(unit // row_tiles + 1) * 16)
+                    place = (entry[0], entry[1] + first_token, entry[2] - first_token)
+                    row = first_row + self.row_band(row_warp, 0)
+                    scales = (mRowScale, mActScale, by_slot, by_expert)
+                    if cutlass.const_expr(self.activated):
+                        self.store_activated(
+                            acc,
+                            place,
+                            row,
+                            lane,
+                            scales,
+                            mOut,
+                            mOutScales,
+                            mOutActScale,
+                            out_by_expert,
+                            limit,
+                        )
+                    else:
+                        self.store_rows(acc, place, row, lane, scales, mPairs, mOut)
+
+    @cute.jit
+    def load_rows(
+        self,
+        code_atom: cute.CopyAtom,
+        tCg: cute.Tensor,
+        tCs: cute.Tensor,
+        scale_atom: cute.CopyAtom,
+        tSg: cute.Tensor,
+        tSs: cute.Tensor,
+        row_tile: Int32,
+        expert: Int32,
+        step: Int32,
+        barrier: cute.Pointer,
+        stage: Int32,
+    ):
+        """Weight codes and scales of one stage."""
+        c = self.tile
+        scale_tile = row_tile
+        if cutlass.const_expr(c.panel_rows < SCALE_TILE_ROWS):
+            scale_tile = row_tile * c.panel_rows // SCALE_TILE_ROWS
+        for panel in cutlass.range_constexpr(c.panels):
+            matrix, part = expert * c.panels + panel, stage * c.panels + panel
+            cute.copy(code_atom, tCg[None, row_tile, step, matrix], tCs[None, part], tma_bar_ptr=barrier)
+            cute.copy(scale_atom, tSg[None, step, scale_tile, matrix], tSs[None, part], tma_bar_ptr=barrier)
+
+    @cute.jit
+    def row_scales(self, mRowScale: cute.Tensor, expert: Int32, first_row: Int32, lane: Int32):
+        """Scales of a lane's rows: [2, row MMAs]; zero beyond the last row."""
+        c = self.tile
+        rows = mRowScale.shape[1] // c.panels
+        factors = cute.make_rmem_tensor((2, c.warp_rows // 8), Float32)
+        for mma in cutlass.range_constexpr(c.warp_rows // 8):
+            for i in cutlass.range_constexpr(2):
+                inside = mma * 8 if c.panels == 1 else mma % 4 * 8
+                row = first_row + inside + lane % 4 * 2 + i
+                factors[i, mma] = Float32(0.0)
+                if row < rows:
+                    if cutlass.const_expr(c.panels == 2):
+                        row += mma // 4 * rows
+                    factors[i, mma] = mRowScale[expert, row]
+        return factors
+
+    @cute.jit
+    def store_rows(
+        self,
+        acc: cute.Tensor,
+        place: tuple,
+        first_row: Int32,
+        lane: Int32,
+        scales: tuple,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+    ):
+        """w2: a warp's sums, scaled, to the rows of their pairs."""
+        c = self.tile
+        expert, first_slot, slots = place
+        mRowScale, mActScale, by_slot, by_expert = scales
+        factors = self.row_scales(mRowScale, expert, first_row, lane)
+        for token in cutlass.range_constexpr(c.warp_tokens // 16):
+            for h in cutlass.range_constexpr(2):
+                slot = token * 16 + h * 8 + lane // 4
+                pair = Int32(0)
+                act_scale = Float32(0.0)
+                if slot < slots:
+                    pair = mPairs[first_slot + slot]
+                    act_scale = mActScale[by_slot * (first_slot + slot) + by_expert * expert]
+                for band in cutlass.range_constexpr(c.warp_rows // BAND):
+                    values = tuple(
+                        acc[2 * h + v % 2, band * 4 + v // 2, token]
+                        * factors[v % 2, band * 4 + v // 2]
+                        * act_scale
+                        for v in range(8)
+                    )
+                    words, column = bf16_piece(values, lane)
+                    store_slot(words, slot < slots, pair, first_row + band * BAND + column, mOut)
+
+    @cute.jit
+    def store_activated(
+        self,
+        acc: cute.Tensor,
+        place: tuple,
+        first_row: Int32,
+        lane: Int32,
+        scales: tuple,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+        mOutActScale: cute.Tensor,
+        out_by_expert: Int32,
+        limit: Float32,
+    ):
+        """w13: SwiGLU of a warp's 32 gate and 32 up rows, to the slots' h."""
+        c = self.tile
+        expert, first_slot, slots = place
+        mRowScale, mActScale, by_slot, by_expert = scales
+        factors = self.row_scales(mRowScale, expert, first_row, lane)
+        out_scale = Float32(1.0)
+        if cutlass.const_expr(self.result is Result.NVFP4):
+            out_scale = mOutActScale[out_by_expert * expert]
+        for token in cutlass.range_constexpr(c.warp_tokens // 16):
+            for h in cutlass.range_constexpr(2):
+                slot = token * 16 + h * 8 + lane // 4
+                act_scale = Float32(0.0)
+                if slot < slots:
+                    act_scale = mActScale[by_slot * (first_slot + slot) + by_expert * expert]
+                values = []
+                for v in cutlass.range_constexpr(8):  # of rows 8 * (v // 2) + 2 * (lane % 4) + v % 2
+                    gate = acc[2 * h + v % 2, v // 2, token] * factors[v % 2, v // 2] * act_scale
+                    up = acc[2 * h + v % 2, 4 + v // 2, token] * factors[v % 2, 4 + v // 2] * act_scale
+                    values.append(swiglu(gate, up, limit))
+                if cutlass.const_expr(self.result is Result.NVFP4):
+                    self.store_rounded(
+                        tuple(values),
+                        first_slot + slot,
+                        slot < slots,
+                        first_row,
+                        lane,
+                        out_scale,
+                        mOut,
+                        mOutScales,
+                    )
+                else:
+                    words, column = bf16_piece(tuple(values), lane)
+                    store_slot(words, slot < slots, first_slot + slot, first_row + column, mOut)
+
+    @cute.jit
+    def store_rounded(
+        self,
+        values: tuple,
+        slot: Int32,
+        wanted: cutlass.Boolean,
+        first_row: Int32,
+        lane: Int32,
+        scale: Float32,
+        mOut: cute.Tensor,
+        mOutScales: cute.Tensor,
+    ):
+        """32 values of a slot, eight in each of four lanes, to NVFP4."""
+        word, bits = round_band(values, lane, scale)
+        row = first_row + lane % 4 * 8
+        if wanted and row < mOut.shape[1] * 2:
+            target = mOut.iterator + (Int64(slot) * mOut.shape[1] + row // 2)
+            target = cute.recast_ptr(target.align(4), dtype=Uint32)
+            cute.make_tensor(target, cute.make_layout(1))[0] = word
+        if wanted and lane % 4 == 0 and first_row // 64 < mOutScales.shape[1]:
+            target = mOutScales.iterator + scale_offset(
+                slot, first_row // 16, self.tile.tokens, mOutScales.shape[1]
+            )
+            both = cute.make_tensor(target, cute.make_layout(2))
+            for group in cutlass.range_constexpr(2):
+                both[group] = bits[group].to(Uint8)
+
+
+def round_band(values: tuple, lane, scale):
+    """Two groups of 16 columns, a lane's values as in `bf16_piece` -> (their codes, their block scales).
+
+    The codes are the word of columns 8 * (lane % 4) and following; all bit for bit reference.quantize's of the values
+    in bf16.
+    """
+    codes, bits = None, []
+    for group in range(2):
+        some = [as_bf16(value) for value in values[4 * group : 4 * group + 4]]
+        amax = some[0]
+        for value in some:
+            amax = larger(amax, larger(value, -value))
+        for distance in (1, 2):
+            amax = larger(amax, shuffle(amax, distance))
+        bits.append(encode_e4m3(amax / E2M1_MAX / scale))
+        step = decode_e4m3(bits[group]) * scale
+        scaled = quotients(some, step)
+        for j in range(2):
+            pair = encode_pair(scaled[2 * j], scaled[2 * j + 1]) << (8 * (2 * group + j))
+            codes = pair if codes is None else codes | pair
+    return transpose_bytes(codes, lane), bits
+
+
+def larger(a, b):
+    """The larger one; NaN if one is."""
+    return cute.arch.fmax(a, b, nan=True)
+
+
+@cute.jit
+def as_bf16(value: Float32) -> Float32:
+    """Rounded to bf16."""
+    return value.to(BFloat16).to(Float32)
+
+
+@cute.jit
+def quotients(values: list, step: Float32):
+    """Each of four values / step, zero for a step of zero."""
+    scaled = cute.make_rmem_tensor(4, Float32)
+    scaled.fill(0.0)
+    if step > Float32(0.0):
+        inverse = Float32(1.0) / step
+        for i in cutlass.range_constexpr(4):
+            scaled[i] = divide(values[i], step, inverse)
+    return scaled[0], scaled[1], scaled[2], scaled[3]
+
+
+@cute.jit
+def store_slot(words: tuple, wanted: cutlass.Boolean, row: Int32, column: Int32, mOut: cute.Tensor):
+    """16 bytes to out[row] from `column` on, where they lie within it."""
+    if wanted:
+        store_piece(words, Int64(row) * mOut.shape[1], column, mOut.shape[1], Int32(0), mOut)
+
+
+def panel_rows(codes: cute.Tensor, panels: int) -> cute.Tensor:
+    """Weight codes [E, panels * N, K' / 2] -> (N, K' / 2, E * panels): TMA fills with zeros beyond a panel's rows."""
+    rows, width = codes.shape[1] // panels, codes.shape[2]
+    layout = cute.make_layout((rows, width, codes.shape[0] * panels), stride=(width, 1, rows * width))
+    return cute.make_tensor(codes.iterator, layout)
+
+
+def panel_tiles(scales: cute.Tensor, panels: int) -> cute.Tensor:
+    """Block scales [E, panels * P, KB, 32, 16] -> (16, 32, KB, P, E * panels)."""
+    tiles, pitch = scales.shape[1] // panels, scales.stride[1]
+    layout = cute.make_layout(
+        (SCALE_LINE, BAND, scales.shape[2], tiles, scales.shape[0] * panels),
+        stride=(1, SCALE_LINE, SCALE_TILE_BYTES, pitch, tiles * pitch),
+    )
+    return cute.make_tensor(scales.iterator, layout)
+
+
+def tiles_view(scales: cute.Tensor) -> cute.Tensor:
+    """Block scales [tiles, KB, 32, 16] -> (16, 32, KB, tiles)."""
+    layout = cute.make_layout(
+        (SCALE_LINE, BAND, scales.shape[1], scales.shape[0]),
+        stride=(1, SCALE_LINE, SCALE_TILE_BYTES, scales.stride[0]),
+    )
+    return cute.make_tensor(scales.iterator, layout)

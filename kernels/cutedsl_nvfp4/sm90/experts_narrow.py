@@ -1,0 +1,372 @@
+"""NVFP4 W4A16 expert products for few tokens an expert on Hopper: narrow.py, with tokens gathered by slot.
+
+    w13  h[slot] = swiglu(w1 @ x[m], w3 @ x[m])       m = pairs[slot] // T, w1 and w3 of the slot's expert
+    w2   y[pairs[slot]] = w2 @ h[slot]
+
+    operand    shape                dtype      layout
+    x          [M, H], [slots, I]   bf16       rows of w13's and of w2's input, 16-byte aligned
+    codes      [E, P, KB, 256]      int64      sm90/layout.py, w13 interleaved by interleave_gate_up
+    scales     [E, P, KB, 64]       int32      sm90/layout.py
+    row_scale  [E, 2I], [E, H]      f32        w13: gate rows first
+    pairs      [M * T]              int32      sm90/routing.py
+    table      [1 + tiles, 4]       int32      sm90/routing.py
+    out        [slots, I], [M*T, H] bf16       row-major
+
+Differences from NarrowLinearKernel
+    grid       every tile the routing could need; a CTA whose tile is beyond the table's has nothing to do
+    tokens     the producer warp gathers rows with cp.async instead of TMA: full[stage] has 1 + 32 arrivals
+    w13        waits for the routing; w2 reads the table, which w13 has seen complete, and fetches weights at
+               once, and waits for w13 before tokens
+    w13        a gate row and its up row are neighbours in a warp, so swiglu needs no other exchange
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from ..device.activation import swiglu
+from ..device.cluster import address_in_cluster, store_in_cluster
+from ..device.ptx import load_coherent, smem_address
+from ..device.views import partition_loads
+from .decode import EPILOGUE_SCALE
+from .layout import CODE_WORDS, SCALE_WORDS
+from .linear_narrow import SWIZZLE_ATOM, TOKEN_ROW_BYTES, NarrowLinearKernel
+from .ptx import arrive_after_copies, copy_async
+from .tiles import BLOCK_K, PANEL_ROWS, NarrowTile
+from .views import expert_view
+
+
+class NarrowExpertsKernel(NarrowLinearKernel):
+    """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
+
+    def __init__(self, config: NarrowTile, activated: bool):
+        config.check()
+        if activated and config.split_k == 8:
+            raise ValueError(f"{config}: with split_k = 8 a gate row and its up row lie in different CTAs")
+        self.config = config
+        self.activated = activated
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mTable: cute.Tensor,
+        mOut: cute.Tensor,
+        topk: Int32,
+        limit: Float32,
+        scale_bias: Int32,
+        max_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        stages = c.stages
+        atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
+        x_layout = cute.tile_to_shape(atom, (c.tokens, c.stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
+        code_layout = cute.make_layout((CODE_WORDS, c.stage_blocks, stages))
+        scale_layout = cute.make_layout((SCALE_WORDS, c.stage_blocks, stages))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        stage_of = (None, None, 0)
+        code_atom, tCodes = cpasync.make_tiled_tma_atom(
+            load,
+            expert_view(mCodes, CODE_WORDS),
+            cute.slice_(code_layout, stage_of),
+            (CODE_WORDS, c.stage_blocks),
+        )
+        scale_atom, tScales = cpasync.make_tiled_tma_atom(
+            load,
+            expert_view(mScales, SCALE_WORDS),
+            cute.slice_(scale_layout, stage_of),
+            (SCALE_WORDS, c.stage_blocks),
+        )
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, stages]
+            empty: cute.struct.MemRange[Int64, stages]
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
+            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
+            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, c.partial_bytes // 4], 128]
+
+        self.shared = Shared
+        self.kernel(
+            mX,
+            code_atom,
+            tCodes,
+            scale_atom,
+            tScales,
+            mRowScale,
+            mPairs,
+            mTable,
+            mOut,
+            topk,
+            limit,
+            Uint32(scale_bias),
+            x_layout,
+            code_layout,
+            scale_layout,
+        ).launch(
+            grid=self.grid(mCodes.shape[1], mTable.shape[0] - 1, max_ctas),
+            block=(c.threads, 1, 1),
+            cluster=(c.split_k, 1, 1),
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    def grid(self, panels: Int32, tiles: Int32, max_ctas: Int32) -> tuple:
+        return panels * self.config.split_k, tiles, 1
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        code_atom: cute.CopyAtom,
+        tCodes: cute.Tensor,
+        scale_atom: cute.CopyAtom,
+        tScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mTable: cute.Tensor,
+        mOut: cute.Tensor,
+        topk: Int32,
+        limit: Float32,
+        scale_bias: Uint32,
+        x_layout: cute.ComposedLayout,
+        code_layout: cute.Layout,
+        scale_layout: cute.Layout,
+    ):
+        c = self.config
+        stages = c.stages
+        consumer_warps = 4 * c.k_warps
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bid, tile, _ = cute.arch.block_idx()
+
+        storage = cutlass.memory.SmemAllocator().allocate(self.shared)
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        if warp == consumer_warps:
+            for atom in (code_atom, scale_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(stages):
+                    cute.arch.mbarrier_init(full + stage, 1 + 32)
+                    cute.arch.mbarrier_init(empty + stage, consumer_warps)
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(self.activated):
+            cute.arch.griddepcontrol_wait()  # for the routing
+        cute.arch.griddepcontrol_launch_dependents()
+        if cutlass.const_expr(c.split_k > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+        table = mTable.iterator.toint()
+        tiles, _, _, _ = load_coherent(table)
+        if tile < tiles:
+            expert, first_slot, slots, _ = load_coherent(table + Int64(tile + 1) * 16)
+            sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+            sCodes = storage.codes.get_tensor(code_layout)
+            sScales = storage.scales.get_tensor(scale_layout)
+            panel = bid // c.split_k
+            rank = bid % c.split_k
+            steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
+            first = rank * steps_total // c.split_k
+            count = (rank + 1) * steps_total // c.split_k - first
+            if warp == consumer_warps:
+                gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.stage_blocks), (0, None, panel, expert))
+                gScales = cute.local_tile(tScales, (SCALE_WORDS, c.stage_blocks), (0, None, panel, expert))
+                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
+                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
+                for stage in cutlass.range_constexpr(stages):
+                    if stage < count:
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_weight_bytes)
+                        at = first + stage
+                        cute.copy(code_atom, tCg[None, at], tCs[None, stage], tma_bar_ptr=full + stage)
+                        cute.copy(scale_atom, tSg[None, at], tSs[None, stage], tma_bar_ptr=full + stage)
+                self.load_tokens(
+                    mX,
+                    mPairs,
+                    topk,
+                    first_slot,
+                    slots,
+                    first,
+                    count,
+                    full,
+                    empty,
+                    smem_address(sX.iterator),
+                    (code_atom, tCg, tCs, scale_atom, tSg, tSs),
+                )
+            else:
+                self.multiply(warp, rank, count, storage, full, empty, sX, sCodes, sScales, scale_bias)
+            if cutlass.const_expr(c.split_k > 1):
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
+            else:
+                cute.arch.sync_threads()
+            if warp < consumer_warps:
+                if cutlass.const_expr(not self.activated):
+                    cute.arch.griddepcontrol_wait()
+                thread, _, _ = cute.arch.thread_idx()
+                self.finish_slots(
+                    thread, panel, rank, expert, first_slot, slots, storage, mRowScale, mPairs, mOut, limit
+                )
+        else:
+            if cutlass.const_expr(not self.activated):
+                cute.arch.griddepcontrol_wait()  # the next kernel must find everything before it complete
+
+    @cute.jit
+    def load_tokens(
+        self,
+        mX: cute.Tensor,
+        mPairs: cute.Tensor,
+        topk: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        first: Int32,
+        count: Int32,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        shared: Int32,
+        weights: tuple,
+    ):
+        """Gather the tile's rows into every stage, and refill weights beyond the first `stages` stages.
+
+        A lane copies 16-byte chunk lane % 8 of rows lane // 8 + 4 i. Rows beyond the tile's are not written:
+        what they hold stays in their own column.
+        """
+        code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
+        c = self.config
+        rows = cutlass.const_expr(c.tokens // 4)
+        lane = cute.arch.lane_idx()
+        row = lane // 8
+        chunk = lane % 8
+        if cutlass.const_expr(not self.activated):
+            cute.arch.griddepcontrol_wait()
+        sources = cute.make_rmem_tensor(rows, Int64)
+        for i in cutlass.range_constexpr(rows):
+            slot = first_slot + cutlass.min(row + 4 * i, slots - 1)
+            source = slot
+            if cutlass.const_expr(self.activated):
+                source = mPairs[slot] // topk
+            sources[i] = mX.iterator.toint() + (Int64(source) * mX.stride[0] + chunk * 8) * 2
+        stage = Int32(0)
+        phase = Int32(0)
+        for step in cutlass.range(count, unroll=1):
+            if step >= c.stages:
+                cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_weight_bytes)
+                cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
+                cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
+            for b in cutlass.range_constexpr(c.stage_blocks):
+                block = (first + step) * c.stage_blocks + b
+                size = Int32(0)
+                if block * BLOCK_K + chunk * 8 < mX.shape[1]:
+                    size = Int32(16)
+                target = shared + (stage * c.stage_blocks + b) * (c.tokens * TOKEN_ROW_BYTES)
+                for i in cutlass.range_constexpr(rows):
+                    line = row + 4 * i
+                    address = target + line * TOKEN_ROW_BYTES + (chunk ^ (line % 8)) * 16
+                    copy_async(address, sources[i] + Int64(block) * TOKEN_ROW_BYTES, size, line < slots)
+            arrive_after_copies(smem_address(full + stage))
+            stage += 1
+            if stage == c.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+
+    @cute.jit
+    def multiply(
+        self,
+        warp: Int32,
+        rank: Int32,
+        count: Int32,
+        storage,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        sX: cute.Tensor,
+        sCodes: cute.Tensor,
+        sScales: cute.Tensor,
+        scale_bias: Uint32,
+    ):
+        """A consumer warp's partial sums, sent to the CTAs that own their rows."""
+        c = self.config
+        lane = cute.arch.lane_idx()
+        row_warp = warp % 4
+        k_group = warp // 4
+        partials = smem_address(storage.partials.data_ptr())
+        acc = cute.make_rmem_tensor((4, c.tokens // 8), Float32)
+        acc.fill(0.0)
+        start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
+        self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
+        units = cutlass.const_expr(8 // c.split_k)  # of 8 rows, a CTA owns
+        pairs = cutlass.const_expr(units * c.tokens * 4)  # pairs of tokens of one row, a CTA owns
+        source = rank * c.k_warps + k_group
+        for half in cutlass.range_constexpr(2):
+            unit = 2 * row_warp + half
+            address = partials + (source * pairs + (unit % units) * (c.tokens * 4) + lane) * 8
+            if cutlass.const_expr(c.split_k > 1):
+                address = address_in_cluster(address, unit // units)
+            for column in cutlass.range_constexpr(c.tokens // 8):
+                values = (acc[2 * half, column], acc[2 * half + 1, column])
+                store_in_cluster(address + column * 256, values)
+
+    @cute.jit
+    def finish_slots(
+        self,
+        thread: Int32,
+        panel: Int32,
+        rank: Int32,
+        expert: Int32,
+        first_slot: Int32,
+        slots: Int32,
+        storage,
+        mRowScale: cute.Tensor,
+        mPairs: cute.Tensor,
+        mOut: cute.Tensor,
+        limit: Float32,
+    ):
+        """Add the partial sums of the rows this CTA owns in ascending k order; scale, activate, store."""
+        c = self.config
+        halves = cutlass.const_expr(2 if self.activated else 1)  # rows that make one result
+        units = cutlass.const_expr(8 // c.split_k)
+        column_pairs = cutlass.const_expr(c.tokens * 4)  # of 8 rows
+        results = cutlass.const_expr(units // halves * column_pairs)
+        threads = cutlass.const_expr(128 * c.k_warps)
+        panel_results = cutlass.const_expr(PANEL_ROWS // halves)
+        sPartials = storage.partials.get_tensor(
+            cute.make_layout((2, column_pairs, halves, units // halves, c.split_k * c.k_warps))
+        )
+        for i in cutlass.range_constexpr(-(-results // threads)):
+            index = thread + i * threads
+            if index < results:
+                unit = index // column_pairs
+                pair = index % column_pairs
+                lane = pair % 32
+                n = panel * panel_results + (rank * (units // halves) + unit) * 8 + lane // 4
+                token = pair // 32 * 8 + (lane % 4) * 2
+                if n < mOut.shape[1] and token < slots:
+                    sums = [[Float32(0.0), Float32(0.0)] for _ in range(halves)]
+                    for h in cutlass.range_constexpr(halves):
+                        scale = mRowScale[expert, n + h * mOut.shape[1]] * Float32(EPILOGUE_SCALE)
+                        for source in cutlass.range_constexpr(c.split_k * c.k_warps):
+                            for v in cutlass.range_constexpr(2):
+                                sums[h][v] = sums[h][v] + sPartials[v, pair, h, unit, source]
+                        for v in cutlass.range_constexpr(2):
+                            sums[h][v] = sums[h][v] * scale
+                    for v in cutlass.range_constexpr(2):
+                        if token + v < slots:
+                            row = first_slot + token + v
+                            if cutlass.const_expr(self.activated):
+                                value = swiglu(sums[0][v], sums[1][v], limit)
+                            else:
+                                value = sums[0][v]
+                                row = mPairs[row]
+                            target = mOut.iterator + (Int64(row) * mOut.shape[1] + n)
+                            cute.make_tensor(target, cute.make_layout(1))[0] = value.to(BFloat16)

@@ -1,0 +1,830 @@
+"""NVFP4 W4A16 linear for many tokens on Hopper: out[m, n] = row_scale[n] * sum_k x[m, k] w[n, k] + bias[n].
+
+Swapped operands: weights are wgmma's A operand, decoded from shared memory into registers; tokens are its B
+operand in shared memory. One m64nNk16 wgmma consumes one NVFP4 group, so a weight row has one scale per wgmma.
+
+    operand    shape                dtype      layout
+    x          [M, groups * K]      bf16       row-major
+    codes      [P, KB, 256]         int64      sm90/layout.py
+    scales     [P, KB, 64]          int32      sm90/layout.py
+    row_scale  [N]                  f32
+    bias       [N]                  f32        optional
+    out        [M, N]               bf16, f32  row-major
+
+Measured on an H200: 731 TFLOP/s at 7168 x 16384, M = 2048, where a large cuBLAS bf16 product ran at 720 to
+794 in the same hours. Main loop: 22 to 24 instructions a wgmma up to 128 tokens, 31 at 256.
+
+Roles per CTA (`panels` x 64 rows by `tokens`)
+    warpgroup p     rows of panel p: decodes half a stage of weights while the wgmmas of the other half run
+    producer warp   the last warp; keeps `stages` TMA loads in flight, the first weights before the
+                    previous kernel has finished
+Pipelines
+    full[stage]     producer (1 arrival + bytes)  ->  every consumer warp
+    empty[stage]    every consumer warp of every CTA that shares the tokens  ->  producer
+Tiles
+    Token tiles are the fast index within groups of `token_group` tiles: a weight tile is read from memory
+    once, by CTAs that run together. `persistent` walks tiles with the grid's stride, so that the producer
+    fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead. With
+    `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide;
+    with `bulk` TMA stores the results and the warpgroup goes on. With `tail` the tiles that fill no whole wave
+    are cut into parts of so many tokens, where that gives every CTA less than a tile.
+Reduction
+    `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
+    slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+
+from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
+from ..device.ptx import load_words, pack_bf16, settle, smem_address
+from ..device.views import partition_loads
+from .decode import EPILOGUE_SCALE
+from .layout import CODE_WORDS, SCALE_WORDS
+from .ptx import store_matrices_transposed, store_shared, weight_registers
+from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, PANEL_ROWS, WideTile
+from .views import block_view, results_view, tokens_view
+
+STEPS = BLOCK_K // 16
+PRODUCER_REGISTERS = 24
+SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
+
+
+def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
+    """wgmma of a panel a warpgroup, weights in registers, with `tokens` in shared memory."""
+    return hopper.make_trivial_tiled_mma(
+        BFloat16,
+        BFloat16,
+        OperandMajorMode.K,
+        OperandMajorMode.K,
+        Float32,
+        (warpgroups, 1, 1),
+        (PANEL_ROWS, tokens),
+        warpgroup.OperandSource.RMEM,
+    )
+
+
+class WideLinearKernel:
+    """One compiled kernel: a tile configuration, the presence of a bias, whether rows of out are 16-byte aligned."""
+
+    def __init__(self, config: WideTile, has_bias: bool, aligned_rows: bool):
+        config.check()
+        if (
+            config.persistent
+            and not (config.bulk and aligned_rows)
+            and (config.tokens // config.output_tokens % 2 or config.tail // config.output_tokens % 2)
+        ):
+            # the next tile's first piece would use the buffer that this tile's last one may still be read from
+            raise ValueError(
+                f"{config}: a persistent tile is stored in an even number of pieces of {config.output_tokens} tokens"
+            )
+        if config.panels > 3:
+            raise ValueError(f"{config}: the linear kernel has a warpgroup for each of at most three panels")
+        self.config = config
+        self.has_bias = has_bias
+        self.aligned_rows = aligned_rows
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mCodes: cute.Tensor,
+        mScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        k: Int32,
+        panels_per_group: Int32,
+        scale_bias: Int32,
+        token_group: Int32,
+        max_ctas: Int32,
+        stream,
+    ):
+        c = self.config
+        tokens, stages, stage_k = c.tokens, c.stages, c.blocks * BLOCK_K
+        panels = mCodes.shape[0]
+        atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
+        x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
+        code_layout = cute.make_layout((CODE_WORDS, c.blocks, c.panels, stages))
+        scale_layout = cute.make_layout((SCALE_WORDS, c.blocks, c.panels, stages))
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        share = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.multicast > 1 else load
+        x_atom, tX = cpasync.make_tiled_tma_atom(
+            share,
+            tokens_view(mX, k),
+            cute.slice_(cute.tile_to_shape(atom, (c.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
+            (c.box, stage_k),
+            num_multicast=c.multicast,
+        )
+        code_atom, tCodes = cpasync.make_tiled_tma_atom(
+            load,
+            block_view(mCodes, CODE_WORDS),
+            cute.slice_(code_layout, (None, None, None, 0)),
+            (CODE_WORDS, c.blocks, c.panels),
+        )
+        scale_atom, tScales = cpasync.make_tiled_tma_atom(
+            load,
+            block_view(mScales, SCALE_WORDS),
+            cute.slice_(scale_layout, (None, None, None, 0)),
+            (SCALE_WORDS, c.blocks, c.panels),
+        )
+        bulk = cutlass.const_expr(c.bulk and self.aligned_rows and mOut.element_type.width == 16)
+        out_atom, tOut, out_layout = None, None, None
+        if cutlass.const_expr(bulk):
+            shape = (c.output_tokens, PANEL_ROWS, BULK_BUFFERS * c.panels)
+            out_layout = cute.tile_to_shape(atom, shape, order=(0, 1, 2))
+            out_atom, tOut = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(),
+                results_view(mOut),
+                cute.slice_(out_layout, (None, None, 0)),
+                (c.output_tokens, PANEL_ROWS),
+            )
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, stages]
+            empty: cute.struct.MemRange[Int64, stages + c.signal]  # and reduced
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
+            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
+            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
+            output: cute.struct.Align[
+                cute.struct.MemRange[Float32, c.output_bytes // 4], 1024 if bulk else 128
+            ]
+
+        self.shared = Shared
+        token_tiles = cute.ceil_div(mX.shape[0], tokens)
+        row_tiles = cute.round_up(cute.ceil_div(panels, c.panels), c.multicast)
+        tiles = token_tiles * row_tiles
+        ctas = tiles * c.split_k
+        whole, items = tiles, tiles  # the first `whole` items are tiles, the others parts of tiles
+        if cutlass.const_expr(c.persistent):
+            if cutlass.const_expr(c.tail > 0):
+                parts = cutlass.const_expr(c.tokens // c.tail)
+                rest = tiles % max_ctas
+                if rest * parts <= (parts - 1) * max_ctas:
+                    whole = tiles - rest
+                    items = whole + rest * parts
+            ctas = cutlass.min(items, max_ctas)
+        self.kernel(
+            x_atom,
+            tX,
+            code_atom,
+            tCodes,
+            scale_atom,
+            tScales,
+            mRowScale,
+            mBias,
+            mOut,
+            panels_per_group,
+            Uint32(scale_bias),
+            token_group,
+            token_tiles,
+            row_tiles,
+            whole,
+            items,
+            x_layout,
+            code_layout,
+            scale_layout,
+            out_atom,
+            tOut,
+            out_layout,
+        ).launch(
+            grid=(ctas, 1, 1),
+            block=(c.threads, 1, 1),
+            preferred_smem_carveout=100,
+            cluster=(c.split_k * c.multicast, 1, 1),
+            min_blocks_per_mp=c.ctas_per_sm,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        x_atom: cute.CopyAtom,
+        tX: cute.Tensor,
+        code_atom: cute.CopyAtom,
+        tCodes: cute.Tensor,
+        scale_atom: cute.CopyAtom,
+        tScales: cute.Tensor,
+        mRowScale: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+        panels_per_group: Int32,
+        scale_bias: Uint32,
+        token_group: Int32,
+        token_tiles: Int32,
+        row_tiles: Int32,
+        whole: Int32,
+        items: Int32,
+        x_layout: cute.ComposedLayout,
+        code_layout: cute.Layout,
+        scale_layout: cute.Layout,
+        out_atom: cute.CopyAtom | None,
+        tOut: cute.Tensor | None,
+        out_layout: cute.ComposedLayout | None,
+    ):
+        c = self.config
+        stages, stage_k = c.stages, c.blocks * BLOCK_K
+        consumer_warps = 4 * c.panels
+        cluster = c.split_k * c.multicast
+        cute.arch.griddepcontrol_launch_dependents()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        bid, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        rank = bid % cluster
+
+        storage = cutlass.memory.SmemAllocator().allocate(self.shared)
+        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        reduced = empty + stages  # with `signal`: this CTA's partial sums are complete
+        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
+        sCodes = storage.codes.get_tensor(code_layout)
+        sScales = storage.scales.get_tensor(scale_layout)
+
+        if warp == consumer_warps:
+            for atom in (x_atom, code_atom, scale_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(stages):
+                    cute.arch.mbarrier_init(full + stage, 1)
+                    cute.arch.mbarrier_init(empty + stage, consumer_warps * c.multicast)
+                if cutlass.const_expr(c.signal):
+                    owned = (c.tokens // 8 - rank + c.split_k - 1) // c.split_k  # token slices
+                    cute.arch.mbarrier_init(reduced, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(
+                        reduced, owned * (c.split_k * c.panels * 128 * 16)
+                    )
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+
+        thread, _, _ = cute.arch.thread_idx()
+
+        first = Int32(0)
+        count = cute.ceil_div(tCodes.shape[1], c.blocks)
+        if cutlass.const_expr(c.split_k > 1):
+            steps_total = count
+            first = rank * steps_total // c.split_k
+            count = (rank + 1) * steps_total // c.split_k - first
+        grid = (token_group, token_tiles, row_tiles)
+
+        if warp >= consumer_warps:
+            if cutlass.const_expr(c.panels > 1):
+                cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            if warp == consumer_warps:
+                gX = cute.local_tile(tX, (c.box, stage_k), (None, None, None))
+                sBoxes = cute.local_tile(sX, (c.box, stage_k), (None, 0, None))
+                gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None))
+                gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None))
+                member = rank if c.multicast > 1 else 0
+                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, c.multicast)
+                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
+                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
+
+                # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
+                groups = tX.shape[2]
+                # Weights first, then tokens once the previous kernel's results are visible.
+                box, row_tile, boxes = self.item(bid // c.split_k, whole, *grid)
+                group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                for stage in cutlass.range_constexpr(stages):
+                    if stage < count:
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                        at = first + stage
+                        cute.copy(
+                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        cute.copy(
+                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
+                        )
+                cute.arch.griddepcontrol_wait()
+                for stage in cutlass.range_constexpr(stages):
+                    if stage < count:
+                        at = first + stage
+                        self.load_tokens(
+                            x_atom, tXg[None, None, at, group], tXs, box, boxes, Int32(stage), full + stage
+                        )
+                stage = cutlass.min(count, stages) % stages
+                phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
+                if count < stages:
+                    phase = Int32(1)  # and the rest of the ring is free
+                step = cutlass.min(count, stages)
+                for item in cutlass.range(bid // c.split_k, items, ctas, unroll=1):
+                    box, row_tile, boxes = self.item(item, whole, *grid)
+                    group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                    for at in cutlass.range(first + step, first + count, unroll=1):
+                        cute.arch.mbarrier_wait(empty + stage, phase)
+                        with cute.arch.elect_one():
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                        cute.copy(
+                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        cute.copy(
+                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
+                        )
+                        self.load_tokens(
+                            x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
+                        )
+                        stage += 1
+                        if stage == stages:
+                            stage = Int32(0)
+                            phase = phase ^ 1
+                    step = Int32(0)
+            if cutlass.const_expr(cluster > 1 and not c.signal):
+                # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
+                # partial sums.
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
+        else:
+            if cutlass.const_expr(c.panels > 1):
+                cute.arch.setmaxregister_increase(c.consumer_registers)
+            stage = Int32(0)
+            phase = Int32(0)
+            pipeline = (full, empty, sX, sCodes, sScales, scale_bias)
+            results = (out_atom, tOut, out_layout)
+            for tile in cutlass.range(bid // c.split_k, whole, ctas, unroll=1):
+                box, row_tile, _ = self.item(tile, whole, *grid)
+                place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                stage, phase = self.compute(c.tokens, thread, count, stage, phase, pipeline, place, results)
+            if cutlass.const_expr(c.tail > 0):
+                for part in cutlass.range(whole + bid, items, ctas, unroll=1):
+                    box, row_tile, _ = self.item(part, whole, *grid)
+                    place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                    stage, phase = self.compute(c.tail, thread, count, stage, phase, pipeline, place, results)
+            if cutlass.const_expr(out_atom is not None):
+                cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
+            if cutlass.const_expr(c.multicast > 1):
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
+
+    @cute.jit
+    def tile(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+        """Linear tile index -> (token tile, row tile); CTAs of a multicast pair take neighbouring rows."""
+        c = self.config
+        pair = index // c.multicast
+        row_groups = row_tiles // c.multicast
+        group = pair // (token_group * row_groups)
+        width = cutlass.min(token_group, token_tiles - group * token_group)
+        inside = pair - group * token_group * row_groups
+        row_tile = (inside // width) * c.multicast + index % c.multicast
+        return group * token_group + inside % width, row_tile
+
+    @cute.jit
+    def item(self, index: Int32, whole: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+        """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
+        c = self.config
+        if cutlass.const_expr(c.tail == 0):
+            box, row_tile = self.tile(index, token_group, token_tiles, row_tiles)
+            boxes = Int32(1)
+        else:
+            parts = cutlass.const_expr(c.tokens // c.tail)
+            tile, part, boxes = index, Int32(0), Int32(parts)
+            if index >= whole:
+                pair = (index - whole) // c.multicast
+                tile = whole + pair // parts * c.multicast + index % c.multicast
+                part = pair % parts
+                boxes = Int32(1)
+            token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+            box = token_tile * parts + part
+        return box, row_tile, boxes
+
+    def load_bytes(self, boxes: Int32):
+        """Bytes of a stage that holds this many boxes of tokens."""
+        c = self.config
+        if c.tail == 0:
+            return c.stage_bytes
+        return c.stage_weight_bytes + boxes * (c.box * c.blocks * BLOCK_K * 2)
+
+    @cute.jit
+    def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+        """The scales of a consumer thread's rows r and r + 8."""
+        scales = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            n = row_tile * self.config.rows + thread // 32 * 16 + thread % 32 // 4 + 8 * h
+            scales[h] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
+        return scales
+
+    @cute.jit
+    def load_tokens(
+        self,
+        atom: cute.CopyAtom,
+        source: cute.Tensor,  # [box, token boxes]
+        target: cute.Tensor,  # [box, boxes of a tile, stages]
+        first: Int32,
+        boxes: Int32,
+        stage: Int32,
+        barrier: cute.Pointer,
+    ):
+        for b in cutlass.range_constexpr(self.config.tokens // self.config.box):
+            if cutlass.const_expr(b == 0):
+                self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
+            else:
+                if b < boxes:
+                    self.load_box(atom, source[None, first + b], target[None, b, stage], barrier)
+
+    @cute.jit
+    def load_box(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
+        if cutlass.const_expr(self.config.multicast > 1):
+            mask = cutlass.Int16((1 << self.config.multicast) - 1)
+            cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
+        else:
+            cute.copy(atom, source, target, tma_bar_ptr=barrier)
+
+    @cute.jit
+    def release(self, empty: cute.Pointer, stage: Int32, lane: Int32):
+        """Tell every producer that writes this stage that the warp is done with it."""
+        if cutlass.const_expr(self.config.multicast > 1):
+            if lane < self.config.multicast:
+                cute.arch.mbarrier_arrive(empty + stage, lane)
+        else:
+            if lane == 0:
+                cute.arch.mbarrier_arrive(empty + stage)
+
+    @cute.jit
+    def compute(
+        self,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        pipeline: tuple,
+        place: tuple,
+        results: tuple,
+    ):
+        """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
+        c = self.config
+        first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
+        if cutlass.const_expr(c.split_k > 1):
+            row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
+        else:
+            row_scales = self.load_row_scales(row_tile, thread, mRowScale)
+        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, *pipeline)
+        target = (row_tile, first_token, storage, row_scales, mBias)
+        if cutlass.const_expr(c.split_k > 1):  # one tile
+            reduced = (
+                storage.empty.data_ptr() + c.stages
+            )  # with `signal`: this CTA's partial sums are complete
+            self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+            if cutlass.const_expr(c.signal):
+                cute.arch.mbarrier_wait(reduced, 0)
+            else:
+                cute.arch.cluster_arrive()
+                cute.arch.cluster_wait()
+            self.reduce_partials(thread, rank, *target, mOut)
+        elif cutlass.const_expr(results[0] is not None):
+            self.store_tile_bulk(acc, tokens, thread, *target, mOut.shape[1], results)
+        else:
+            self.store_tile(acc, tokens, thread, *target, mOut)
+        return stage, phase
+
+    @cute.jit
+    def accumulate(
+        self,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        count: Int32,
+        stage: Int32,
+        phase: Int32,
+        full: cute.Pointer,
+        empty: cute.Pointer,
+        sX: cute.Tensor,
+        sCodes: cute.Tensor,
+        sScales: cute.Tensor,
+        bias: Uint32,
+    ):
+        """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
+        c = self.config
+        panel = thread // 128
+        lane = thread % 32
+        row_warp = (thread % 128) // 32
+        tiled_mma = panels_by_tokens(c.panels, tokens)
+        thr_mma = tiled_mma.get_slice(thread)
+        sFirst = cute.local_tile(sX, (tokens, c.blocks * BLOCK_K, c.stages), (0, 0, 0))
+        tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
+        if cutlass.const_expr(c.lag > 0):
+            self.follow(panel, count)
+        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
+        weight_words = cute.recast_tensor(weights, Uint32)
+        acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, tokens)), Float32)
+        acc.fill(0.0)
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        panel_codes = c.blocks * BLOCK_CODE_BYTES
+        panel_scales = c.blocks * BLOCK_SCALE_BYTES
+        codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
+        scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
+        # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
+        # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
+        # serialize them (C7513).
+        steps = cutlass.const_expr(c.blocks * STEPS // 2)
+        previous = stage
+        for i in cutlass.range(count, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            words, scale_words = [], []
+            for b in cutlass.range_constexpr(c.blocks):
+                words.append(load_words(codes + stage * (c.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
+                scale_words.append(
+                    load_words(scales + stage * (c.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
+                )
+            for half in cutlass.range_constexpr(2):
+                warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
+                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
+                    word = words[step // STEPS][step % STEPS]
+                    scale_word = scale_words[step // STEPS][step % STEPS // 2]
+                    decoded = weight_registers(word, scale_word, step % 2, bias)
+                    for r in cutlass.range_constexpr(4):
+                        weight_words[step * 4 + r] = settle(decoded[r])
+                warpgroup.fence()
+                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
+                    cute.gemm(tiled_mma, acc, weights[None, None, step], tCrX[None, None, step, stage], acc)
+                    warpgroup.commit_group()
+            if i > 0:
+                self.release(empty, previous, lane)
+            if cutlass.const_expr(c.lag > 0):
+                self.lead(panel, i, count)
+            previous = stage
+            stage += 1
+            if stage == c.stages:
+                stage = Int32(0)
+                phase = phase ^ 1
+        warpgroup.wait_group(0)
+        if count > 0:
+            self.release(empty, previous, lane)
+        return acc, stage, phase
+
+    @cute.jit
+    def lead(self, panel: Int32, step: Int32, count: Int32):
+        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at barrier 4 + panel.
+
+        Tiles of fewer steps than stages do without: a warpgroup could be a whole tile ahead and signal twice.
+        """
+        if step == self.config.lag and count >= self.config.stages:
+            for p in cutlass.range_constexpr(self.config.panels - 1):
+                if panel == p:
+                    cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
+
+    @cute.jit
+    def follow(self, panel: Int32, count: Int32):
+        if count >= self.config.stages:
+            for p in cutlass.range_constexpr(self.config.panels - 1):
+                if panel == p + 1:
+                    cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
+
+    @cute.jit
+    def meet(self, group: Int32):
+        """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
+        if group == 0:
+            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+        else:
+            if cutlass.const_expr(self.config.panels == 3):
+                if group == 1:
+                    cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                else:
+                    cute.arch.barrier(barrier_id=3, number_of_threads=128)
+            else:
+                cute.arch.barrier(barrier_id=2, number_of_threads=128)
+
+    @cute.jit
+    def store_tile(
+        self,
+        acc: cute.Tensor,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        row_tile: Int32,
+        first_token: Int32,
+        storage,
+        row_scales: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+    ):
+        """Scale, transpose through shared memory a few tokens at a time, store rows of `out`.
+
+        Each warpgroup stores its own panel without meeting the others: one stores while another multiplies.
+        """
+        c = self.config
+        wide_out = cutlass.const_expr(mOut.element_type.width == 32)
+        chunk = cutlass.const_expr(c.output_tokens // 2 if wide_out else c.output_tokens)
+        pitch = cutlass.const_expr(
+            (PANEL_ROWS + 4) * 4 if wide_out else (PANEL_ROWS + 8) * 2
+        )  # no bank conflicts
+        panel_bytes = cutlass.const_expr(c.output_bytes // c.panels)
+        panel = thread // 128
+        inside = thread % 128
+        lane = thread % 32
+        row = inside // 32 * 16 + lane // 4
+        first_n = row_tile * c.rows + panel * PANEL_ROWS
+        factor = cute.make_rmem_tensor(2, Float32)
+        offset = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                offset[h] = mBias[cutlass.min(first_n + row + 8 * h, mOut.shape[1] - 1)]
+        buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
+        matrix = lane // 8
+        matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
+        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
+        elements = cutlass.const_expr(128 // mOut.element_type.width)
+        rows_per_pass = cutlass.const_expr(128 // per_row)
+        for e in cutlass.range_constexpr(tokens // chunk):
+            half_buffer = buffer + (e % 2) * (panel_bytes // 2)
+            for t in cutlass.range_constexpr(chunk // 8):
+                v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
+                if cutlass.const_expr(self.has_bias):
+                    v = [v[i] + offset[i // 2] for i in range(4)]
+                if cutlass.const_expr(wide_out):
+                    for i in cutlass.range_constexpr(4):
+                        token = t * 8 + (lane % 4) * 2 + i % 2
+                        store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
+                else:
+                    packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
+                    if cutlass.const_expr(t % 2 == 0):
+                        waiting = packed
+                    else:
+                        store_matrices_transposed(
+                            half_buffer + matrix_address + (t - 1) * 8 * pitch, *waiting, *packed
+                        )
+            self.meet(panel)
+            for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
+                token = inside // per_row + j * rows_per_pass
+                m = first_token + e * chunk + token
+                n = first_n + inside % per_row * elements
+                if m < mOut.shape[0] and token < chunk:
+                    words = load_words(half_buffer + token * pitch + inside % per_row * 16, 4)
+                    piece = cute.make_rmem_tensor(4, Uint32)
+                    for i in cutlass.range_constexpr(4):
+                        piece[i] = words[i]
+                    if cutlass.const_expr(self.aligned_rows):
+                        if n < mOut.shape[1]:
+                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
+                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
+                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+                    else:
+                        values = cute.recast_tensor(piece, mOut.element_type)
+                        for i in cutlass.range_constexpr(elements):
+                            if n + i < mOut.shape[1]:
+                                mOut[m, n + i] = values[i]
+
+    @cute.jit
+    def store_tile_bulk(
+        self,
+        acc: cute.Tensor,
+        tokens: cutlass.Constexpr[int],
+        thread: Int32,
+        row_tile: Int32,
+        first_token: Int32,
+        storage,
+        row_scales: cute.Tensor,
+        mBias: cute.Tensor,
+        n: Int32,
+        results: tuple,
+    ):
+        """store_tile with TMA for the last step: a warpgroup's first warp sends each piece, and nobody waits for it.
+
+        Piece e uses buffer e % 3. Before its barrier the pieces up to e - 2 have been read, so that everyone may
+        write piece e + 1 after it.
+        """
+        c = self.config
+        out_atom, tOut, out_layout = results
+        chunk = cutlass.const_expr(c.output_tokens)
+        piece_bytes = cutlass.const_expr(chunk * PANEL_ROWS * 2)
+        panel = thread // 128
+        inside = thread % 128
+        lane = thread % 32
+        sends = cute.arch.make_warp_uniform(inside // 32) == 0
+        factor = cute.make_rmem_tensor(2, Float32)
+        offset = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                row = row_tile * c.rows + thread // 32 * 16 + lane // 4 + 8 * h
+                offset[h] = mBias[cutlass.min(row, n - 1)]
+        output = cute.recast_ptr(storage.output.data_ptr(), out_layout.inner, dtype=BFloat16)
+        sOut = cute.make_tensor(output, out_layout.outer)
+        gOut = cute.local_tile(tOut, (chunk, PANEL_ROWS), (None, None))
+        tOs, tOg = partition_loads(out_atom, sOut, gOut, 2)
+        # Row lane % 8 of matrix lane // 8: a token's 128 bytes of a panel's results, 128B-swizzled.
+        matrix = lane // 8
+        column = inside // 32 * 2 + matrix % 2
+        address = (lane % 8 + matrix // 2 * 8) * (PANEL_ROWS * 2) + (column ^ (lane % 8)) * 16
+        address += smem_address(storage.output.data_ptr()) + panel * (BULK_BUFFERS * piece_bytes)
+        if sends:
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # of the tile before
+        self.meet(panel)
+        for e in cutlass.range_constexpr(tokens // chunk):
+            buffer = cutlass.const_expr(e % BULK_BUFFERS)
+            for t in cutlass.range_constexpr(chunk // 8):
+                v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
+                if cutlass.const_expr(self.has_bias):
+                    v = [v[i] + offset[i // 2] for i in range(4)]
+                packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
+                if cutlass.const_expr(t % 2 == 0):
+                    waiting = packed
+                else:
+                    target = address + (buffer * piece_bytes + (t - 1) * 8 * PANEL_ROWS * 2)
+                    store_matrices_transposed(target, *waiting, *packed)
+            cute.arch.fence_view_async_shared()
+            if sends:
+                cute.arch.cp_async_bulk_wait_group(1, read=True)
+            self.meet(panel)
+            if sends:
+                piece = (first_token // chunk + e, row_tile * c.panels + panel)
+                cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
+                cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage, reduced: Int32):
+        """Partial sums of token slice t go to the CTA t % split_k of the cluster."""
+        c = self.config
+        slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
+        buffer = smem_address(storage.output.data_ptr()) + (rank * slices * (128 * c.panels) + thread) * 16
+        for t in cutlass.range_constexpr(c.tokens // 8):
+            target = address_in_cluster(buffer, Int32(t % c.split_k))
+            target += (t // c.split_k) * (128 * c.panels * 16)
+            values = tuple(acc[t * 4 + i] for i in range(4))
+            if cutlass.const_expr(c.signal):
+                signal_in_cluster(target, values, address_in_cluster(reduced, Int32(t % c.split_k)))
+            else:
+                store_in_cluster(target, values)
+
+    @cute.jit
+    def load_reduced_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+        """The scales of the 8 rows that a thread adds in `reduce_partials`."""
+        scales = cute.make_rmem_tensor(8, Float32)
+        first_n = self.reduced_row(row_tile, thread)
+        for r in cutlass.range_constexpr(8):
+            scales[r] = mRowScale[cutlass.min(first_n + r, mRowScale.shape[0] - 1)]
+        return scales
+
+    @cute.jit
+    def reduced_row(self, row_tile: Int32, thread: Int32):
+        """The first of the 8 rows that a thread adds."""
+        line = thread % (PANEL_ROWS * self.config.panels)
+        return row_tile * self.config.rows + line // 16 * 16 + line // 2 % 2 * 8
+
+    @cute.jit
+    def reduce_partials(
+        self,
+        thread: Int32,
+        rank: Int32,
+        row_tile: Int32,
+        first_token: Int32,
+        storage,
+        row_scales: cute.Tensor,
+        mBias: cute.Tensor,
+        mOut: cute.Tensor,
+    ):
+        """Add the token slices this CTA owns in ascending k order, scale, store.
+
+        A line is 8 rows of one token: words 64 bytes apart in what `send_partials` left, f32 [4, thread] by slice
+        and source. Sixteen lines of a slice read neighbouring words; the next sixteen read rows r ^ 1, or they
+        would meet in the same banks.
+        """
+        c = self.config
+        slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
+        lines = cutlass.const_expr(PANEL_ROWS * c.panels)  # of a slice: half as many as threads
+        slice_words = cutlass.const_expr(128 * c.panels * 4)
+        sPartials = storage.output.get_tensor(cute.make_layout(slice_words * slices * c.split_k))
+        line = thread % lines
+        odd = line // 16 % 2
+        word = line // 16 * 128 + line % 16
+        first_n = self.reduced_row(row_tile, thread)
+        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
+        for i in cutlass.range_constexpr(-(-slices // 2)):
+            s = thread // lines + 2 * i
+            t = s * c.split_k + rank
+            m = first_token + t * 8 + line // 4 % 4 * 2 + line % 2
+            if s < slices and t < c.tokens // 8 and m < mOut.shape[0]:
+                total = [Float32(0.0) for _ in range(8)]
+                for source in cutlass.range_constexpr(c.split_k):
+                    base = word + (source * slices + s) * slice_words
+                    bases = (base + odd * 16, base - odd * 16)
+                    for r in cutlass.range_constexpr(8):
+                        total[r] = total[r] + sPartials[bases[r % 2] + r * 16]
+                values = cute.make_rmem_tensor(8, mOut.element_type)
+                for r in cutlass.range_constexpr(8):
+                    value = total[r] if odd == 0 else total[r ^ 1]
+                    value = value * (row_scales[r] * Float32(EPILOGUE_SCALE))
+                    if cutlass.const_expr(self.has_bias):
+                        value = value + mBias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
+                    values[r] = value.to(mOut.element_type)
+                words = cute.recast_tensor(values, Uint32)
+                for q in cutlass.range_constexpr(8 // elements):
+                    n = first_n + q * elements
+                    if cutlass.const_expr(self.aligned_rows):
+                        if n < mOut.shape[1]:
+                            piece = cute.make_rmem_tensor(4, Uint32)
+                            for j in cutlass.range_constexpr(4):
+                                piece[j] = words[4 * q + j]
+                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
+                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
+                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+                    else:
+                        for j in cutlass.range_constexpr(elements):
+                            if n + j < mOut.shape[1]:
+                                mOut[m, n + j] = values[q * elements + j]

@@ -1,0 +1,1 @@
+"""What vLLM lacks on the CPU: metadata kernels and operators of DeepSeek-V4 in torch."""

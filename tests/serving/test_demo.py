@@ -1,0 +1,134 @@
+"""The demo checkpoint through a real vLLM server: what must be right is green, what is planted wrong is red."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.faults.checkpoint import FAULTS, plant
+from tests.support.servers.vllm import DEMO, Server, ServerDied
+
+pytestmark = pytest.mark.serving
+
+TEXT_CHECKS = ("--only", "demo_text", "--only", "garbage")
+LOGPROB_CHECKS = ("--only", "demo_logprobs")
+OURS_CHECKS = ("--only", "kernels", "--require-ours")
+
+
+def red(report: dict) -> list[str]:
+    return [check["name"] for check in report["checks"] if check["verdict"] == "red"]
+
+
+@pytest.fixture(scope="class")
+def demo(tmp_path_factory) -> Iterator[Server]:
+    """The demo, served as `make demo` does: W4A16."""
+    with Server(DEMO, tmp_path_factory.mktemp("demo") / "server.log") as server:
+        yield server
+
+
+@pytest.mark.xdist_group("demo")
+class TestServedInW4A16:
+    # one server for the class; an idle one still takes a quarter of a core
+    def test_demo_passes_the_smoke_test(self, demo):
+        report = demo.smoke_test("--require-ours")
+        assert report["status"] == 0, red(report)
+
+    def test_every_nvfp4_layer_is_served_by_ours(self, demo):
+        """Counted from the checkpoint itself, so that a layer missing from the report is noticed."""
+        from safetensors import safe_open
+
+        quantized = set()
+        for file in DEMO.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                quantized |= {
+                    name.removesuffix(".weight_scale")
+                    for name in tensors.keys()  # not a dict  # noqa: SIM118
+                    if name.endswith(".weight_scale")
+                }
+        fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
+                 "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
+        expected = set()
+        for layer in quantized:
+            parent, _, leaf = layer.rpartition(".")
+            if ".ffn.experts." in layer:
+                expected.add("model." + layer.split(".experts.")[0] + ".experts")
+            elif parent.endswith("compressor"):
+                expected.add(f"model.{parent}.fused_wkv_wgate")
+            else:
+                expected.add(f"model.{parent}.{fused.get(leaf, leaf)}")
+        rows = demo.get("/kernels")["layers"]
+        reported = {row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]}
+        assert reported == expected
+
+    def test_output_does_not_depend_on_the_batch(self, demo):
+        """Alone or among others, a prompt continues the same way."""
+        prompt = "Story"
+        alone = demo.complete(prompt=prompt, max_tokens=24)["choices"][0]["text"]
+        together = demo.complete(prompt=[prompt, "Other words", prompt], max_tokens=24)["choices"]
+        assert [together[0]["text"], together[2]["text"]] == [alone, alone]
+
+
+def _with_input_scales_too_small(tensors):
+    for name, tensor in tensors.items():
+        if re.fullmatch(r"layers\.(1\.attn\.wq_b|2\.ffn\.experts\.\d+\.w2)\.input_scale", name):
+            tensor /= 8
+
+
+@pytest.mark.parametrize("policy", ["checkpoint", "warmup", "dynamic"])
+def test_demo_is_served_in_w4a4(policy, tmp_path):
+    """Under `checkpoint` with scales that would saturate: the warm-up finds, reports and raises them."""
+    env = {"CUTEDSL_NVFP4_ACTIVATIONS": "nvfp4", "CUTEDSL_NVFP4_ACTIVATION_SCALE": policy}
+    checkpoint = DEMO
+    if policy == "checkpoint":
+        checkpoint = plant(DEMO, tmp_path / "checkpoint", _with_input_scales_too_small)
+    with Server(checkpoint, tmp_path / "server.log", env) as server:
+        assert server.get("/kernels")["activations"] == f"nvfp4:{policy}"
+        # the policies differ in one number per layer: the text of one stands for all
+        text = TEXT_CHECKS if policy == "checkpoint" else ()
+        report = server.smoke_test(*text, *LOGPROB_CHECKS, *OURS_CHECKS)
+        log = server.log()
+    assert report["status"] == 0, red(report)
+    if policy == "checkpoint":
+        assert re.search(r"layers\.1\.attn\.wq_b: input_scale of x is .*, [5-9]\.?\d* times as much", log)
+        assert re.search(
+            r"layers\.2\.ffn\.experts: input_scale of w2 input of expert \d+, .* times as much", log
+        )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_turns_the_smoke_test_red(fault, tmp_path):
+    checkpoint = plant(DEMO, tmp_path / "checkpoint", FAULTS[fault])
+    with Server(checkpoint, tmp_path / "server.log") as server:
+        report = server.smoke_test("--only", "demo_logprobs")
+    assert report["status"] == 1, f"{fault} went unnoticed"
+    assert red(report) == ["demo_logprobs"]
+
+
+def _without_a_scale(tensors):
+    del tensors["layers.0.attn.wq_b.weight_scale_2"]
+
+
+def _with_a_nan_scale(tensors):
+    tensors["layers.0.attn.wo_b.weight_scale"].view(torch.uint8)[0, 0] = 0x7F
+
+
+def _with_a_negative_scale(tensors):
+    tensors["layers.0.ffn.experts.3.w2.weight_scale"].view(torch.uint8)[1, 0] = 0x88
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (_without_a_scale, ("the checkpoint lacks their tensors", "layers.0.attn.wq_b.weight_scale_2")),
+        (_with_a_nan_scale, ("layers.0.attn.wo_b", "block scale at [0, 0] is nan")),
+        (_with_a_negative_scale, ("layers.0.ffn.experts", "block scale at [3, 1, 0] is -", "negative")),
+    ],
+    ids=["missing", "nan", "negative"],
+)
+def test_damaged_checkpoint_is_refused_by_name(damage, words, tmp_path):
+    checkpoint = plant(DEMO, tmp_path / "checkpoint", damage)
+    with pytest.raises(ServerDied) as died, Server(checkpoint, tmp_path / "server.log"):
+        pass
+    for word in words:
+        assert word in died.value.log

@@ -1,0 +1,167 @@
+"""Every shipped Blackwell kernel compiles without a GPU, uses the FP4 tensor cores and spills nothing."""
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cutedsl_nvfp4 import format, settings
+from cutedsl_nvfp4.blackwell import quantize
+from cutedsl_nvfp4.sm100 import linear
+from cutedsl_nvfp4.sm100.compile import compile_linear, compile_quantize
+from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, TENSOR_MEMORY, LinearTile, choose, shipped
+from devtools.kernels.sass import sm100 as sass
+
+COMPILE_KERNELS = Path(__file__).parent.parent / "devtools/kernels/compile.py"
+ARCHITECTURES = ("sm_100a", "sm_103a")
+LINEAR = {name: kernel for arch in ARCHITECTURES for name, kernel in linear.shipped_kernels(arch).items()}
+QUANTIZE = {
+    name: kernel
+    for arch in (*ARCHITECTURES, "sm_120a")
+    for name, kernel in quantize.shipped_kernels(arch).items()
+}
+
+
+def cubin(tmp_path: Path, compile_kernel, *arguments) -> Path:
+    compile_kernel(*arguments, options=f"--keep-cubin --dump-dir {tmp_path}")
+    (found,) = tmp_path.glob("*.cubin")
+    return found
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
+    tile, *_ = LINEAR[name]
+    assert sass.problems(cubin(tmp_path, compile_linear, *LINEAR[name]), tile) == []
+
+
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_quantizer_compiles_without_spills(name, tmp_path):
+    assert sass.problems(cubin(tmp_path, compile_quantize, *QUANTIZE[name]), None) == []
+
+
+def test_wrong_machine_code_is_noticed(tmp_path):
+    """The reader of machine code can say no: this kernel's MMAs are those of one CTA."""
+    found = cubin(tmp_path, compile_linear, LinearTile(128, False, 5), torch.bfloat16, "sm_100a")
+    (wrong,) = sass.problems(found, LinearTile(128, True, 5))
+    assert wrong.startswith("tensor core instructions in the main loop: {'UTCOMMA.4X': 4} instead of")
+
+
+def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
+    """Exported and linked by devtools/kernels/compile.py, for two architectures side by side, then loaded by name."""
+    for arch in ARCHITECTURES:
+        product = linear.kernel_name(LinearTile(16, False, 9), torch.bfloat16, arch)
+        kept = {product: linear.shipped_kernels(arch)[product]}
+        code = (
+            "import runpy, sys; from cutedsl_nvfp4.sm100 import experts, linear; "
+            f"kept = {list(kept)!r}; shipped = linear.shipped_kernels; "
+            "linear.shipped_kernels = lambda arch: {name: shipped(arch)[name] for name in kept}; "
+            "experts.shipped_kernels = lambda arch: {'nvfp4_experts_' + arch: (arch, 'route')}; "
+            f"sys.argv = ['compile_kernels', {str(tmp_path / arch)!r}, '--arch', {arch!r}, '--jobs', '1', '--sass']; "
+            f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        manifest = json.loads((tmp_path / arch / "manifest.json").read_text())
+        expected = [product, *quantize.shipped_kernels(arch), f"nvfp4_experts_{arch}"]
+        assert manifest["kernels"] == sorted(expected)
+        assert manifest["architecture"] == arch
+    monkeypatch.setenv(settings.KERNELS, str(tmp_path))
+    monkeypatch.setenv(settings.FORBID_JIT, "1")
+    for arch in ARCHITECTURES:
+        assert callable(linear.load(linear.kernel_name(LinearTile(16, False, 9), torch.bfloat16, arch)))
+        assert callable(quantize.load(quantize.kernel_name(True, arch)))
+
+
+# --- which tile for which problem ---
+
+PROBLEMS = [
+    (2048, 7168, 1), (65536, 1536, 1), (64, 4096, 1), (8192, 4096, 8), (128, 128, 2), (1024, 336, 4), (16384, 7168, 1),
+    (7168, 16384, 1), (24, 16, 1), (7168, 2048, 1),
+]  # fmt: skip
+TOKENS = [1, 2, 15, 16, 17, 32, 33, 64, 65, 128, 129, 500, 1024, 4096, 16384, 100000]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_choice_is_shipped_and_takes_the_tokens(problem):
+    n, k, groups = problem
+    for m in TOKENS:
+        tile = choose(n, k, m, groups)
+        assert tile in shipped() and tile.takes(m)
+        assert tile.split_k == 1 or -(-k // 256) >= 2 * tile.split_k
+
+
+def test_few_tokens_of_a_small_weight_share_k_and_many_tokens_a_pair():
+    assert choose(2048, 7168, 1).split_k > 1 and choose(2048, 7168, 1).tokens == 16
+    assert choose(16384, 7168, 4096) == LinearTile(256, True, 5)
+
+
+@pytest.mark.parametrize("tile", shipped(), ids=str)
+def test_shipped_tiles_fit(tile):
+    tile.check()
+    assert tile.shared_memory <= SHARED_MEMORY and tile.tensor_memory <= TENSOR_MEMORY
+    last = tile.accumulator_stride + tile.tokens + tile.scale_columns
+    assert last <= tile.tensor_memory and (last == TENSOR_MEMORY) == tile.overlaps
+
+
+@pytest.mark.parametrize(
+    "tile, reason",
+    [
+        (LinearTile(48), "tokens must be"),
+        (LinearTile(256), "take a pair"),
+        (LinearTile(32, True), "at least 64 tokens"),
+        (LinearTile(128, True, 4, 2), "shares no K"),
+        (LinearTile(16, split_k=3), "split_k must be"),
+        (LinearTile(16, stages=1), "at least 2 stages"),
+        (LinearTile(128, stages=7), "bytes of shared memory"),
+    ],
+)
+def test_impossible_tiles_are_refused(tile, reason):
+    with pytest.raises(ValueError, match=reason):
+        tile.check()
+
+
+# --- the quantizer's division ---
+
+
+def fma(a: np.float32, b: np.float32, c: np.float32) -> np.float32:
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    if exact == 0:  # a sum of zeros of both signs is +0, a sum of equal ones that zero
+        product = np.copysign(np.float32(1), a) * np.copysign(np.float32(1), b)
+        return np.float32(-0.0) if product < 0 and np.signbit(c) else np.float32(0.0)
+    return nearest(exact)
+
+
+def nearest(exact: Fraction) -> np.float32:
+    """`exact` rounded to float32, ties to even."""
+    guess = np.float32(float(exact))
+    around = (np.nextafter(guess, np.float32(-np.inf)), guess, np.nextafter(guess, np.float32(np.inf)))
+    return min(
+        around, key=lambda value: (abs(Fraction(float(value)) - exact), int(value.view(np.uint32)) & 1)
+    )
+
+
+def test_division_by_way_of_the_reciprocal_is_correctly_rounded():
+    """The three operations of rounding.divide, against division, on activations and steps as they occur."""
+    generator = np.random.default_rng(0)
+    scales = torch.arange(1, 127, dtype=torch.uint8).view(format.SCALE_DTYPE).float().numpy()
+    for _ in range(3000):
+        step = np.float32(generator.choice(scales)) * np.float32(10.0 ** generator.uniform(-8, 2))
+        x = np.float32(torch.tensor(generator.normal() * float(step) * 3).bfloat16().float().item())
+        inverse = nearest(1 / Fraction(float(step)))
+        quotient = x * inverse
+        remainder = fma(quotient, step, -x)
+        assert fma(-remainder, inverse, quotient) == nearest(Fraction(float(x)) / Fraction(float(step)))
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_division_keeps_the_sign_of_zero(zero):
+    x, step = np.float32(zero), np.float32(0.3)
+    inverse = np.float32(1) / step
+    quotient = x * inverse
+    remainder = fma(quotient, step, -x)
+    assert np.signbit(fma(-remainder, inverse, quotient)) == np.signbit(x)

@@ -1,0 +1,1 @@
+"""What tests share: checkpoints, servers, planted faults, the emulator of GPUs, references."""

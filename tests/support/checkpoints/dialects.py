@@ -1,0 +1,306 @@
+"""The demo checkpoint in every dialect that exporters write, made on the fly from its tensors and config.
+
+A dialect is a function (tensors, config) -> (tensors, config); applied one after the other they combine.
+Where two dialects hold the same numbers, a server must give the same log-probabilities for both.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from recipe import export, names
+from safetensors.torch import load_file, save_file
+
+from cutedsl_nvfp4 import format as nvfp4
+from cutedsl_nvfp4 import reference
+from tests.support.servers.vllm import DEMO
+
+Tensors = dict[str, torch.Tensor]
+Checkpoint = tuple[Tensors, dict]
+Dialect = Callable[[Tensors, dict], Checkpoint]
+
+FP8_BLOCK, MXFP4_BLOCK = 128, 32
+E8M0_BIAS = 127
+
+
+def demo() -> Checkpoint:
+    """The demo with global scales that survive being stored as divisors: 1 / (1 / scale) == scale in f32."""
+    tensors = load_file(DEMO / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith((".weight_scale_2", ".input_scale")):
+            tensors[name] = 1.0 / (1.0 / value)
+    return tensors, json.loads((DEMO / "config.json").read_text())
+
+
+def write(folder: Path, tensors: Tensors, config: dict) -> Path:
+    """Write a checkpoint with the demo's tokenizer into the new `folder`; returns it."""
+    folder.mkdir()
+    for file in DEMO.glob("*.json"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def linears(tensors: Tensors) -> list[str]:
+    """Names, without leaf, of the layers stored as NVFP4."""
+    return [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")]
+
+
+# --- all NVFP4 ---
+
+
+def weight_only(tensors: Tensors, config: dict) -> Checkpoint:
+    """No input_scale anywhere, and a config that says so."""
+    quantization = json.loads(json.dumps(config["quantization_config"]))
+    for group in quantization["config_groups"].values():
+        group["input_activations"] = None
+    kept = {name: value for name, value in tensors.items() if not name.endswith(".input_scale")}
+    return kept, {**config, "quantization_config": quantization}
+
+
+def o_a_in_bf16(tensors: Tensors, config: dict) -> Checkpoint:
+    """wo_a dequantized and ignored: exporters that look for linear layers do not see a grouped one."""
+    tensors, quantization = dict(tensors), dict(config["quantization_config"])
+    layers = [layer for layer in linears(tensors) if layer.endswith(".wo_a")]
+    for layer in layers:
+        weight, scale = tensors[f"{layer}.weight"], tensors.pop(f"{layer}.weight_scale")
+        tensors[f"{layer}.weight"] = reference.dequantize(
+            weight, scale, tensors.pop(f"{layer}.weight_scale_2")
+        ).bfloat16()
+        tensors.pop(f"{layer}.input_scale", None)
+    quantization["ignore"] = [*quantization["ignore"], *layers]
+    return tensors, {**config, "quantization_config": quantization}
+
+
+def _theirs(name: str) -> str:
+    """DeepSeek's name of a tensor or layer -> transformers', by the demo recipe's table."""
+    module, leaf = name, ""
+    for scale in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+        if name.endswith(f".{scale}"):
+            module, leaf = name.removesuffix(f".{scale}"), scale
+    for known in (name, f"{module}.weight"):
+        if known in names.TOP_LEVEL:
+            return names.TOP_LEVEL[known]
+    if ".ffn.experts." in module:
+        before, expert, after = names.split_expert(f"{module}.weight")
+        theirs = {".w1.weight": "gate_proj", ".w2.weight": "down_proj", ".w3.weight": "up_proj"}[after]
+        renamed = f"model.{before.replace('.ffn.', '.mlp.')}{expert}.{theirs}"
+    else:
+        _, layer, rest = name.split(".", 2)
+        if rest in names.IN_LAYER:
+            return f"model.layers.{layer}.{names.IN_LAYER[rest]}"
+        rest = names.IN_LAYER[module.split(".", 2)[2] + ".weight"].removesuffix(".weight")
+        renamed = f"model.layers.{layer}.{rest}"
+    return f"{renamed}.{leaf}" if leaf else renamed
+
+
+def transformers_names(tensors: Tensors, config: dict) -> Checkpoint:
+    """transformers' names, and the config.json that transformers itself writes for this model."""
+    quantization = dict(config["quantization_config"])
+    layers = {name.rpartition(".")[0] for name in tensors if name.startswith("layers.")}
+    quantization["ignore"] = [
+        _theirs(pattern) if pattern in layers else pattern.replace(".ffn.", ".mlp.")
+        for pattern in quantization["ignore"]
+    ]
+    theirs = {
+        **names.transformers_config(config).to_dict(), "architectures": config["architectures"],
+        "dtype": config["torch_dtype"], "quantization_config": quantization,
+    }  # fmt: skip
+    for lost in ("qk_rope_head_dim", "rope_theta", "compress_rope_theta"):
+        theirs.pop(lost, None)
+    return {_theirs(name): value for name, value in tensors.items()}, theirs
+
+
+def compressed_tensors(tensors: Tensors, config: dict) -> Checkpoint:
+    """llm-compressor's layout: divisors, weight_packed, targets and ignores by regular expression and fused name."""
+    renamed = {}
+    for name, value in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("weight_scale_2", "input_scale"):
+            leaf = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}[leaf]
+            value = (1.0 / value).reshape(1)
+        elif leaf == "weight" and f"{layer}.weight_scale" in tensors:
+            leaf = "weight_packed"
+        renamed[f"{layer}.{leaf}" if layer else leaf] = value
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True,
+               "dynamic": False}  # fmt: skip
+    activations = {**weights, "dynamic": "local"} if any(".input_scale" in name for name in tensors) else None
+    targets = [
+        r"re:.*attn\.fused_wqa_wkv$", r"re:.*attn\.(indexer\.)?wq_b$", r"re:.*attn\.wo_[ab]$",
+        r"re:.*compressor\.fused_wkv_wgate$", r"re:.*indexer\.weights_proj$",
+        r"re:.*ffn\.shared_experts\.w[123]$", r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$",
+    ]  # fmt: skip
+    quantization = {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed", "kv_cache_scheme": None,
+        "ignore": ["head", r"re:.*ffn\.gate$"]
+        + [layer for layer in config["quantization_config"]["ignore"] if layer.endswith((".wo_a", ".o_a_proj"))],
+        "config_groups": {"group_0": {"targets": targets, "weights": weights, "input_activations": activations}},
+    }  # fmt: skip
+    return renamed, {**config, "quantization_config": quantization}
+
+
+# --- FP8 attention ---
+
+
+def widened(tensors: Tensors, config: dict) -> Checkpoint:
+    """The demo dequantized (f32), its narrow dimensions filled with zeros to multiples of the FP8 block.
+
+    The function stays: SwiGLU of zero rows is zero, and so is what zero columns read. Only q_norm sees its
+    input's width: four times as wide, the root of the mean square halves, which q_norm.weight / 2 undoes.
+    """
+    wide = {**config, "q_lora_rank": 256, "o_lora_rank": 128, "moe_intermediate_size": 128}
+    wide.pop("quantization_config")
+    groups, o_rank = config["o_groups"], config["o_lora_rank"]
+    plain = export.dequantized(tensors)
+    assert wide["q_lora_rank"] == 4 * config["q_lora_rank"]
+
+    def pad(value: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        return F.pad(value, (0, columns - value.shape[1], 0, rows - value.shape[0]))
+
+    for name, value in plain.items():
+        leaf = name.split(".", 2)[-1].removesuffix(".weight")
+        if leaf == "attn.wq_a":
+            plain[name] = pad(value, 256, value.shape[1])
+        elif leaf in ("attn.wq_b", "attn.indexer.wq_b"):
+            plain[name] = pad(value, value.shape[0], 256)
+        elif leaf == "attn.q_norm":
+            plain[name] = F.pad(value / 2, (0, 256 - value.shape[0]))
+        elif leaf == "attn.wo_a":
+            by_group = value.unflatten(0, (groups, o_rank))
+            plain[name] = F.pad(by_group, (0, 0, 0, 128 - o_rank)).flatten(0, 1)
+        elif leaf == "attn.wo_b":
+            by_group = value.unflatten(1, (groups, o_rank))
+            plain[name] = F.pad(by_group, (0, 128 - o_rank)).flatten(1)
+        elif leaf.endswith((".w1", ".w3")):
+            plain[name] = pad(value, 128, value.shape[1])
+        elif leaf.endswith(".w2"):
+            plain[name] = pad(value, value.shape[0], 128)
+    return plain, wide
+
+
+def _exponents(amax: torch.Tensor, largest: float) -> torch.Tensor:
+    """Power of two that keeps amax / 2^e within `largest`; blocks of zeros take the largest of the tensor."""
+    exponent = torch.ceil(torch.log2(amax / largest))
+    return torch.where(amax > 0, exponent, exponent[amax > 0].amax())
+
+
+def _e8m0(exponent: torch.Tensor) -> torch.Tensor:
+    return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _fp8_exponents(weight: torch.Tensor) -> torch.Tensor:
+    blocks = weight.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    return _exponents(blocks.abs().amax((1, 3)), 448.0)
+
+
+def fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 [N, K] -> e4m3 [N, K], e8m0 [N/128, K/128]."""
+    exponent = _fp8_exponents(weight)
+    scale = exponent.exp2().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return (weight / scale).to(torch.float8_e4m3fn), _e8m0(exponent)
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f32 [N, K] -> packed codes uint8 [N, K/2], exponents f32 [N, K/32] of the blocks' scales."""
+    blocks = weight.unflatten(1, (-1, MXFP4_BLOCK))
+    exponent = _exponents(blocks.abs().amax(-1), nvfp4.E2M1_MAX)
+    codes = nvfp4.encode_e2m1((blocks / exponent.exp2().unsqueeze(-1)).flatten(1))
+    return nvfp4.pack_codes(codes), exponent
+
+
+_IN_FP8 = (".attn.wq_a", ".attn.wq_b", ".attn.wkv", ".attn.wo_a", ".attn.wo_b", ".indexer.wq_b",
+           ".shared_experts.w1", ".shared_experts.w2", ".shared_experts.w3")  # fmt: skip
+_FP8_CONFIG = {
+    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}  # fmt: skip
+
+
+def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
+    return value.to(names.native_dtype(name)) if value.is_floating_point() else value
+
+
+def native(plain: Tensors, config: dict) -> Checkpoint:
+    """DeepSeek's own format, from `widened` weights: FP8 attention and shared experts, MXFP4 routed experts."""
+    tensors = {}
+    for name, value in plain.items():
+        layer = name.removesuffix(".weight")
+        if ".ffn.experts." in name:
+            codes, exponent = mxfp4(value)
+            tensors[name], tensors[f"{layer}.scale"] = codes.view(torch.int8), _e8m0(exponent)
+        elif layer.endswith(_IN_FP8):
+            tensors[name], tensors[f"{layer}.scale"] = fp8(value)
+        else:
+            tensors[name] = _stored(name, value)
+    return tensors, {**config, "quantization_config": dict(_FP8_CONFIG)}
+
+
+def experts_only(plain: Tensors, config: dict) -> Checkpoint:
+    """`native` with its routed experts in NVFP4, without loss: e8m0 scales as power-of-two global and e4m3 scales."""
+    tensors, config = native(plain, config)
+    for name in [name for name in tensors if ".ffn.experts." in name and name.endswith(".weight")]:
+        layer = name.removesuffix(".weight")
+        codes, exponent = mxfp4(plain[name])
+        shift = exponent.amax() - 8  # 2^8 is e4m3's largest power of two, 2^-9 its smallest
+        scales = (exponent - shift).exp2().repeat_interleave(2, 1)
+        assert torch.equal(scales.to(torch.float8_e4m3fn).float(), scales), f"{name}: not lossless"
+        del tensors[f"{layer}.scale"]
+        tensors[name] = codes
+        tensors[f"{layer}.weight_scale"] = scales.to(torch.float8_e4m3fn)
+        tensors[f"{layer}.weight_scale_2"] = shift.exp2()
+    quantization = {
+        "quant_method": "fp8", "quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4",
+        "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+    }  # fmt: skip
+    return tensors, {**config, "quantization_config": quantization}
+
+
+def experts_only_compressed(plain: Tensors, config: dict) -> Checkpoint:
+    """`experts_only` by compressed-tensors: NVFP4 experts with divisors, FP8 layers with f32 `weight_scale`."""
+    tensors, config = experts_only(plain, config)
+    nvfp4_group = compressed_tensors(tensors, {**config, "quantization_config": {"ignore": []}})
+    renamed, quantization = nvfp4_group[0], nvfp4_group[1]["quantization_config"]
+    for name in [name for name in renamed if name.endswith(".scale")]:
+        renamed[name.removesuffix("scale") + "weight_scale"] = renamed.pop(name).float()
+    fp8_weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [FP8_BLOCK, FP8_BLOCK],
+                   "symmetric": True, "dynamic": False}  # fmt: skip
+    fp8_activations = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": True,
+    }
+    experts = {**quantization["config_groups"]["group_0"], "targets": [r"re:.*ffn\.experts\.\d+\.w[123]$"]}
+    targets = [
+        r"re:.*attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$",
+        r"re:.*indexer\.wq_b$",
+        r"re:.*shared_experts\.w\d$",
+    ]
+    others = {"targets": targets, "weights": fp8_weights, "input_activations": fp8_activations}
+    groups = {"group_0": others, "group_1": experts}
+    quantization = {**quantization, "format": "mixed-precision", "config_groups": groups}
+    return renamed, {**config, "quantization_config": quantization}
+
+
+def what_native_holds(plain: Tensors) -> Tensors:
+    """The numbers in `native` and `experts_only`, f32 under DeepSeek's names: input of the transformers reference."""
+    held = {}
+    for name, value in plain.items():
+        if ".ffn.experts." in name:
+            codes, exponent = mxfp4(value)
+            scale = exponent.exp2().repeat_interleave(MXFP4_BLOCK, 1)
+            held[name] = nvfp4.decode_e2m1(nvfp4.unpack_codes(codes)) * scale
+        elif name.removesuffix(".weight").endswith(_IN_FP8):
+            codes, _ = fp8(value)
+            scale = _fp8_exponents(value).exp2()
+            held[name] = codes.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        else:
+            held[name] = _stored(name, value)
+    return held
