@@ -24,7 +24,7 @@ TARGET ?= gpu
 COMPOSE := arguments=$$($(PYTHON) scripts/image_arguments) && env $$arguments docker compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
+.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check plots train-demo clean
 .PHONY: build up up-cpu logs pin sbom plan
 
 help:  ## this list
@@ -84,6 +84,9 @@ patches-check: setup  ## try the patches on another vLLM: make patches-check VER
 
 bench-check:  ## every speed bar of the GPU kernels with its measured figure; fails where one is missed
 	@$(PYTHON) bench/report.py docs/results/h200_linear.json docs/results/h200_experts.json --bars
+
+plots: setup-dev  ## draw docs/results/plots from the committed rows
+	@PYTHONPATH=kernels:bench $(VENV)/python bench/plots.py $(ARGS)
 
 train-demo: setup-dev  ## train demo/ again from its recipe
 	@$(VENV)/python scripts/train_demo $(ARGS)
