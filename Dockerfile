@@ -13,7 +13,7 @@ RUN set -eux; \
 FROM ${BASE_IMAGE} AS compiled
 ARG KERNEL_ARCHITECTURES=none
 COPY kernels/ /src/
-COPY devtools/kernels/compile.py /src/scripts/
+COPY devtools/kernels/ /src/devtools/kernels/
 RUN set -eux; \
     mkdir /compiled; \
     IFS=,; for arch in ${KERNEL_ARCHITECTURES}; do \
@@ -27,8 +27,9 @@ ARG SOURCE_DATE_EPOCH=0
 
 # --chmod: what any user can read, and one image, whatever the umask of the clone
 COPY --chmod=755 patches/ /opt/cutedsl_nvfp4/patches/
-COPY --chmod=755 devtools/patches/apply.py devtools/patches/series.py devtools/image/register_kernels.py devtools/image/import_patched.py \
-     devtools/image/check_labels.py /opt/cutedsl_nvfp4/scripts/
+COPY --chmod=755 devtools/patches/apply.py devtools/patches/series.py /opt/cutedsl_nvfp4/devtools/patches/
+COPY --chmod=755 devtools/image/register_kernels.py devtools/image/import_patched.py devtools/image/check_labels.py \
+     /opt/cutedsl_nvfp4/devtools/image/
 RUN set -eux; \
     python3 -B /opt/cutedsl_nvfp4/devtools/patches/apply.py; \
     python3 -B /opt/cutedsl_nvfp4/devtools/patches/apply.py --check
@@ -64,7 +65,6 @@ COPY --chmod=755 scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
 # Making checkpoints: docs/convert.md.
 COPY --chmod=755 scripts/convert_checkpoint.py scripts/calibrate_checkpoint.py scripts/compare_checkpoints.py \
      scripts/inspect_checkpoint.py scripts/plan_memory.py /opt/cutedsl_nvfp4/scripts/
-COPY --chmod=755 scripts/checkpoint/ /opt/cutedsl_nvfp4/scripts/checkpoint/
 
 # vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.
 ENV VLLM_PLUGINS=cutedsl_nvfp4 \

@@ -12,7 +12,6 @@ ifneq ($(origin PYTHON),file)
 export PYTHON
 endif
 
-# ruff finds the scripts without suffix through pyproject.toml
 SHELL_SCRIPTS := .ci/run .ci/container .ci/engine .ci/standin_base devtools/image/write_sbom.sh
 
 # the name compose reads from .env too
@@ -24,7 +23,7 @@ TARGET ?= gpu
 COMPOSE := arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments docker compose
 
 .DEFAULT_GOAL := help
-.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check train-demo clean
+.PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check plots train-demo clean
 .PHONY: build up up-cpu logs pin sbom plan
 
 help:  ## this list
@@ -83,7 +82,10 @@ patches-check: setup  ## try the patches on another vLLM: make patches-check VER
 	@$(VENV)/python devtools/patches/check.py --version $(VERSION) $(ARGS)
 
 bench-check:  ## every speed bar of the GPU kernels with its measured figure; fails where one is missed
-	@$(PYTHON) bench/report.py docs/results/h200_linear.json docs/results/h200_experts.json --bars
+	@$(PYTHON) -m bench.report docs/results/h200_linear.json docs/results/h200_experts.json --bars
+
+plots: setup-dev  ## draw docs/results/plots from the committed rows
+	@PYTHONPATH=kernels:bench $(VENV)/python bench/plots.py $(ARGS)
 
 train-demo: setup-dev  ## train demo/ again from its recipe
 	@$(VENV)/python devtools/demo/train.py $(ARGS)

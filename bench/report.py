@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Bench rows -> a Markdown table a run, and every bar with its figure; exits 1 where one is missed.
 
-python3 bench/report.py ROWS.json... > docs/results/h200_linear.md    rows of bench/linear/measure.py, or of bench/experts/measure.py
-python3 bench/report.py ROWS.json... --bars                           the bars alone, of both (make bench-check)
+python3 -m bench.report ROWS.json...           rows of bench/linear/measure.py, or of bench/experts/measure.py
+python3 -m bench.report ROWS.json... --bars    the bars alone, of both (make bench-check)
 
 A file holds one run or {"runs": [...]}, oldest first. The bars take a problem's row of the newest run that has
 it, with that run's peers and ceilings: times of two runs are never compared.
@@ -28,6 +28,13 @@ def save(result: dict, path: str) -> None:
     os.replace(part, path)
 
 
+def read(path: str | os.PathLike) -> list[dict]:
+    """The runs of a file, oldest first."""
+    with open(path) as file:
+        content = json.load(file)
+    return content.get("runs", [content])
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
@@ -38,8 +45,8 @@ def speedup(rows: list[dict], peer: str, keep: Callable[[int], bool]) -> float:
     return geometric_mean(r["us"][peer] / r["us"][OURS] for r in rows if peer in r["us"] and keep(r["m"]))
 
 
-def over_floor(rows: list[dict], keep: Callable[[int], bool]) -> list[float]:
-    return [r["us"][OURS] / r["floor_us"] for r in rows if keep(r["m"])]
+def over_floor(rows: list[dict], keep: Callable[[int], bool], kernel: str = OURS) -> list[float]:
+    return [r["us"][kernel] / r["floor_us"] for r in rows if keep(r["m"])]
 
 
 def beaten(rows: list[dict], peers: tuple[str, ...]) -> int:
@@ -150,11 +157,7 @@ def main() -> int:
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--bars", action="store_true")
     arguments = parser.parse_args()
-    every = []
-    for path in arguments.rows:
-        with open(path) as file:
-            content = json.load(file)
-        every += content.get("runs", [content])
+    every = [run for path in arguments.rows for run in read(path)]
     all_met = True
     for title, is_kind, bars, table in (
         ("linear", lambda row: "shape" in row, linear_bars, linear_table),

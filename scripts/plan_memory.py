@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plan a DeepSeek-V4's memory on GPUs: weights, caches, the longest context, the flags; see docs/memory.md.
 
-Needs Python >= 3.9, and checkpoint/ and ../kernels/ beside it. Exit status: 0 it fits, 1 it does not.
+Needs Python >= 3.9, and ../kernels/ beside it or the package installed. Exit status: 0 it fits, 1 it does not.
 """
 
 import sys

@@ -7,7 +7,7 @@ skipped for a stated reason, 1 a check is red, 2 the checks could not run.
 
 import sys
 
-from scripts.smoke.cli import main
+from smoke.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ import torch
 from bench.shapes import Shape, model_shapes
 from bench.timing import capture, copies, microseconds
 from cutedsl_nvfp4.prepare import prepare_experts
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer, multiply, synthetic
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, multiply, synthetic
 from cutedsl_nvfp4.support import Layout
 
 LINEARS = (

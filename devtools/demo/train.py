@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "kernels")]
 
 # Large activations come and go; without these glibc gives each back to the kernel and faults it in again.

@@ -14,6 +14,9 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from devtools.patches.series import PatchSyntaxError, read_series
 from devtools.setup.pins import PROJECT_ROOT, read_pins

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Check that the layers an image adds to its base hold this project and nothing of whoever built it.
 
-    devtools/image/check_layers.py LAYOUT --base-layers N     LAYOUT: an OCI layout, the folder that an image was built into
+    devtools/image/check_layers.py LAYOUT --base-layers N
+
+LAYOUT is an OCI layout: the folder that an image was built into.
 
 Every layer is read as it is stored, so what a later one deletes still counts, and so does the image's
 configuration: environment, labels, history. Refused are paths outside the project's own places, private
@@ -21,6 +23,8 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from devtools.setup.pins import PROJECT_ROOT
 

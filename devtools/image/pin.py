@@ -15,6 +15,9 @@ import argparse
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from devtools.setup.pins import VERSIONS_FILE, read_pins
 

@@ -23,8 +23,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "bench")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 MAX_TOKENS = 8192
 GPUS = {100: "B200", 103: "B300", 120: "RTX PRO 6000, RTX 50", 121: "DGX Spark"}
@@ -112,7 +112,7 @@ def check_kernels(names: list[str], device: str) -> dict[str, dict]:
 
     A failure ends the child; another one goes on with the kernels after it.
     """
-    from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+    from cutedsl_nvfp4.selfcheck import child as selfcheck
 
     found: dict[str, dict] = {}
     left = list(names)
@@ -138,7 +138,7 @@ def check_layers(layers: list) -> tuple[int, list[str]]:
     """Every tile of `layers` in this process -> (products that were right, failures)."""
     import torch
 
-    from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+    from cutedsl_nvfp4.selfcheck import child as selfcheck
 
     generator = torch.Generator().manual_seed(0)
     right, failures = 0, []
@@ -155,7 +155,7 @@ def check_layers(layers: list) -> tuple[int, list[str]]:
 def measure(layers: list) -> list[dict]:
     """Times of every layer at every number of tokens; a row that cannot be timed says why."""
     from bench.blackwell import measure as blackwell
-    from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+    from cutedsl_nvfp4.selfcheck import child as selfcheck
 
     rows = []
     for layer in layers:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from devtools.setup.pins import PROJECT_ROOT
 
 PACKAGE = PROJECT_ROOT / "kernels" / "cutedsl_nvfp4"

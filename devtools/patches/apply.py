@@ -29,6 +29,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from devtools.patches.series import (
     Conflict,
     Overlay,
@@ -43,7 +45,7 @@ from devtools.patches.series import (
 
 STAMP = "vllm/.cutedsl_nvfp4_patches.json"
 ORIGINALS = "vllm/.cutedsl_nvfp4_originals"
-DEFAULT_PATCHES = Path(__file__).resolve().parent.parent / "patches"
+DEFAULT_PATCHES = Path(__file__).resolve().parents[2] / "patches"
 
 
 class Refused(Exception):

@@ -23,6 +23,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from devtools.setup import machine
 from devtools.setup.pins import PROJECT_ROOT
 

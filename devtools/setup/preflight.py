@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from devtools.setup.machine import Finding, report, serve_findings, setup_findings
 

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from devtools.setup import machine
 from devtools.setup.pins import PROJECT_ROOT, read_pins
 
@@ -36,7 +38,7 @@ STAMP = VENV / ".setup.json"
 LOG = VENV / "setup.log"
 CPU_LOCK = PROJECT_ROOT / "requirements" / "cpu.txt"
 DEV_LOCK = PROJECT_ROOT / "requirements" / "dev.txt"
-APPLY_PATCHES = PROJECT_ROOT / "scripts" / "apply_patches"
+APPLY_PATCHES = PROJECT_ROOT / "devtools" / "patches" / "apply.py"
 
 # pip settings that say where packages come from; every other one is ignored
 TRANSPORT = [

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from scripts.smoke import demo, kernels, language, protocol
-from scripts.smoke.client import Address, Client
-from scripts.smoke.run import Run, Subject
-from scripts.smoke.verdicts import CannotRun, Red, Skipped, TimedOut
+from smoke import demo, kernels, language, protocol
+from smoke.client import Address, Client
+from smoke.run import Run, Subject
+from smoke.verdicts import CannotRun, Red, Skipped, TimedOut
 
 DEMO_MODEL = "demo"
 DEFAULT_EXPECTED = Path(__file__).resolve().parents[2] / "demo" / "expected.json"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from scripts.smoke.verdicts import CannotRun, Red, TimedOut
+from smoke.verdicts import CannotRun, Red, TimedOut
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scripts.smoke.kernels import quantizes_activations
-from scripts.smoke.run import Run, bad_logprobs, first_difference
-from scripts.smoke.verdicts import CannotRun, Red, Skipped
+from smoke.kernels import quantizes_activations
+from smoke.run import Run, bad_logprobs, first_difference
+from smoke.verdicts import CannotRun, Red, Skipped
 
 
 def load_expected(path: Path) -> dict:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from scripts.smoke.run import Run
-from scripts.smoke.verdicts import Red, Skipped, TimedOut
+from smoke.run import Run
+from smoke.verdicts import Red, Skipped, TimedOut
 
 LAYERS_METRIC = "cutedsl_nvfp4_layers"
 

@@ -7,8 +7,8 @@ import time
 from collections import Counter
 from typing import Any
 
-from scripts.smoke.run import PROMPTS, Completion, Run, bad_logprobs, first_difference
-from scripts.smoke.verdicts import Red, Skipped, TimedOut
+from smoke.run import PROMPTS, Completion, Run, bad_logprobs, first_difference
+from smoke.verdicts import Red, Skipped, TimedOut
 
 FACTS = (
     ("The capital of France is", "Paris"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from scripts.smoke.client import expect_ok, parse_json
-from scripts.smoke.run import Run, bad_logprobs, first_choice, first_difference, message_text
-from scripts.smoke.verdicts import Red, Skipped, TimedOut
+from smoke.client import expect_ok, parse_json
+from smoke.run import Run, bad_logprobs, first_choice, first_difference, message_text
+from smoke.verdicts import Red, Skipped, TimedOut
 
 
 def health(run: Run) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.smoke.client import Client, expect_ok, parse_json, parse_metrics, sse_events
-from scripts.smoke.verdicts import Red
+from smoke.client import Client, expect_ok, parse_json, parse_metrics, sse_events
+from smoke.verdicts import Red
 
 PROMPTS = (
     "The capital of France is",

@@ -18,8 +18,8 @@ from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.blackwell import quantize as sm100_quantize
 from cutedsl_nvfp4.format import swizzle_scales
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck import child as selfcheck
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, SelfCheckFailed
 from cutedsl_nvfp4.sm100 import experts as sm100_experts
 from cutedsl_nvfp4.sm100 import linear as sm100_linear
 from cutedsl_nvfp4.sm100.tiles import LinearTile

@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipe import texts
 from safetensors.torch import load_file, save_file
 
 from cutedsl_nvfp4.checkpoint import calibrate
 from cutedsl_nvfp4.checkpoint.folder import INDEX, Folder, read_checkpoint
 from cutedsl_nvfp4.checkpoint.headers import CheckpointError
+from recipe import texts
 from tests.serving.test_demo import LOGPROB_CHECKS, OURS_CHECKS, red
 from tests.support.checkpoints import dialects as checkpoints
-from tests.support.servers.vllm import DEMO, ROOT, Server, environment
+from tests.support.paths import DEMO, ROOT
+from tests.support.servers.vllm import Server, environment
 
 NAME = "layers.0.ffn.experts"
 

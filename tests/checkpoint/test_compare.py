@@ -1,17 +1,17 @@
 """scripts/compare_checkpoints.py: true errors, worst first, between any two formats."""
 
-import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from recipe import export
 
 from cutedsl_nvfp4.checkpoint.compare import compare, main
+from recipe import export
 from tests.support.checkpoints import small
-from tests.support.servers.vllm import DEMO
+from tests.support.paths import DEMO
 
 WORST = "layers.1.attn.wo_b"
 
@@ -123,9 +123,13 @@ def test_command(damaged, tmp_path, capsys):
     assert f"{WORST} is at" in capsys.readouterr().err
 
 
-def test_png(damaged, tmp_path, capsys):
+def test_png(damaged, tmp_path):
     status = main([str(DEMO), str(damaged), "--jobs", "1", "--png", str(tmp_path / "error.png")])
-    if importlib.util.find_spec("matplotlib"):
-        assert status == 0 and (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
-    else:
-        assert status == 1 and "pip install matplotlib" in capsys.readouterr().err
+    assert status == 0 and (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_png_without_matplotlib(damaged, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status = main([str(DEMO), str(damaged), "--jobs", "1", "--png", str(tmp_path / "error.png")])
+    assert status == 1 and "pip install matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "error.png").exists()

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe import export
 from safetensors.torch import load_file
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from vllm.models.deepseek_v4.cpu.model import DeepseekV4ForCausalLM
@@ -29,10 +28,12 @@ from cutedsl_nvfp4.checkpoint.convert import convert
 from cutedsl_nvfp4.checkpoint.headers import CheckpointError
 from cutedsl_nvfp4.checkpoint.linears import KINDS
 from cutedsl_nvfp4.checkpoint.written_config import modelopt_config
+from recipe import export
 from tests.serving import test_dialects
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
-from tests.support.servers.vllm import ROOT, Server
+from tests.support.paths import ROOT
+from tests.support.servers.vllm import Server
 
 SMALL_SHARDS = 1_000_000
 

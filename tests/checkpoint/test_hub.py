@@ -15,8 +15,9 @@ from cutedsl_nvfp4.checkpoint.conversion import Options
 from cutedsl_nvfp4.checkpoint.convert import convert
 from cutedsl_nvfp4.checkpoint.hub import BLOCK_BYTES
 from tests.support.checkpoints import small
+from tests.support.paths import ROOT
 from tests.support.servers.hub import Hub
-from tests.support.servers.vllm import ROOT, free_port
+from tests.support.servers.vllm import free_port
 
 ID = "owner/name"
 INDEX = "model.safetensors.index.json"

@@ -17,7 +17,7 @@ from cutedsl_nvfp4.checkpoint.written_config import native_config
 from tests.serving import test_dialects
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
-from tests.support.servers.vllm import DEMO
+from tests.support.paths import DEMO
 
 
 def with_header(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

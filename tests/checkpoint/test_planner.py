@@ -29,7 +29,7 @@ from cutedsl_nvfp4.checkpoint.planner.budget import (
 )
 from cutedsl_nvfp4.checkpoint.planner.gpus import GIB, GPUS, parse_gpus
 from cutedsl_nvfp4.checkpoint.planner.plan import load_model, main
-from tests.support.servers.vllm import DEMO, ROOT
+from tests.support.paths import DEMO, ROOT
 
 PRO, FLASH = model.KNOWN["pro"], model.KNOWN["flash"]
 H200 = GPUS["H200"]
@@ -237,7 +237,7 @@ REPORTED = [  # layers, tensor parallel, expert parallel, utilization, max_model
 
 @pytest.mark.parametrize("layers, tp, ep, utilization, length, loaded, tokens", REPORTED)
 def test_predictions_hold_against_what_vllm_reported(layers, tp, ep, utilization, length, loaded, tokens):
-    """On H200s, of models of bench/serving/random_checkpoint.py and bench/serving/repeat_layers.py: docs/results/h200_serving.md."""
+    """On H200s, of models of bench/serving/random_checkpoint.py and repeat_layers.py: docs/results/h200_serving.md."""
     ratios = [0, 4, 128] + [(4, 128)[i % 2] for i in range(layers - 3)]
     config = {**FLASH, "num_hidden_layers": layers, "compress_ratios": ratios, "num_hash_layers": layers}
     request = Request(length, 16384, 64, utilization)

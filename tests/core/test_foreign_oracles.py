@@ -28,7 +28,7 @@ from cutedsl_nvfp4.format import (
     unpack_codes,
     unswizzle_128x4,
 )
-from tests.golden.make_nvfp4 import compress, golden
+from tests.core.golden.make_nvfp4 import compress, golden
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/nvfp4.json").read_text())
 SHAPES = [(1, 16), (7, 48), (128, 64), (130, 272)]

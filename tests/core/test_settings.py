@@ -1,13 +1,11 @@
 """Every environment variable is refused by name where its value is wrong, whether or not this device reads it."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from cutedsl_nvfp4 import compiled, settings, support
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("variable", settings.READERS)

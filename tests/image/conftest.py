@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from container import Service
+from tests.image.container import Service
 
 
 @pytest.fixture

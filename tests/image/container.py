@@ -6,9 +6,9 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 COMPOSE = ("docker", "compose", "-f", str(ROOT / "compose.yaml"), "-f", str(ROOT / "compose.cpu.yaml"))
 READY_SECONDS = 240
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from container import READY_SECONDS, ROOT, Service, run
+from tests.image.container import READY_SECONDS, ROOT, Service, run
 
 pytestmark = pytest.mark.image
 

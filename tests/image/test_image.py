@@ -9,7 +9,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from container import COMPOSE, ROOT, Service, run
+from tests.image.container import COMPOSE, ROOT, Service, run
 
 from devtools.patches.series import read_series
 from devtools.setup.pins import read_pins
@@ -99,7 +99,8 @@ def test_an_ordinary_user_can_serve(service: Service):
     image = service.inspect()["Config"]["Image"]
     said = run(
         "docker", "run", "--rm", "--network", "none", "--user", "2000:2000", "--entrypoint", "sh", image,
-        "-ec", "touch /cache/models/x /cache/jit/x; id -u; exec python3 /opt/cutedsl_nvfp4/devtools/image/register_kernels.py",
+        "-ec", "touch /cache/models/x /cache/jit/x; id -u; "
+        "exec python3 /opt/cutedsl_nvfp4/devtools/image/register_kernels.py",
     )  # fmt: skip
     assert said.splitlines()[0] == "2000"
     assert said.splitlines()[-1] == "ours is first"

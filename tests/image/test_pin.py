@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from container import ROOT, run
+from tests.image.container import ROOT, run
 
 from devtools.setup import pins
 

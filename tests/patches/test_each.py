@@ -27,6 +27,7 @@ from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
+from tests.support.paths import ROOT
 
 K, SEGMENTS = 32, (16, 48)
 
@@ -112,7 +113,7 @@ def demo_model():
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    demo = Path(__file__).resolve().parent.parent / "demo"
+    demo = ROOT / "demo"
     config = EngineArgs(
         model=str(demo), max_model_len=4096, max_num_batched_tokens=4096
     ).create_engine_config()
@@ -334,7 +335,7 @@ def test_weight_coverage_is_checked_before_loading(demo_model, monkeypatch):
     monkeypatch.setattr(
         type(demo_model), "load_weights", lambda self, weights: len(checked) or pytest.fail("too late")
     )
-    demo = Path(__file__).resolve().parent.parent / "demo"
+    demo = ROOT / "demo"
     config = SimpleNamespace(model=str(demo), revision=None, quantization="modelopt_fp4")
     loader = DefaultModelLoader(LoadConfig())
     monkeypatch.setattr(loader, "_init_ep_weight_filter", lambda config: None)
@@ -374,7 +375,7 @@ def test_mappers_accept_foreign_names():
 def test_config_is_repaired(tmp_path):
     from vllm.transformers_utils.config import get_config
 
-    demo = Path(__file__).resolve().parent.parent / "demo"
+    demo = ROOT / "demo"
     config = json.loads((demo / "config.json").read_text())
     del config["compress_ratios"]
     config["layer_types"] = [

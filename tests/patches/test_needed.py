@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
 from devtools.patches.series import (
     Conflict,
     Overlay,
@@ -19,6 +16,7 @@ from devtools.patches.series import (
     read_series,
     tree_reader,
 )
+from tests.support.paths import ROOT
 
 ORIGINALS = "vllm/.cutedsl_nvfp4_originals"  # as in devtools/patches/apply.py
 pytestmark = pytest.mark.proof

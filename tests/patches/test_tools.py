@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from devtools.patches import apply as apply_patches
+from devtools.patches import check as check_patches
+from devtools.patches import lint as lint_patches
 from devtools.patches import series as patch_series
 from devtools.patches.series import (
     Conflict,
@@ -20,11 +23,7 @@ from devtools.patches.series import (
 )
 from devtools.patches.vllm_source import source_tree
 from devtools.setup.pins import read_pins
-from tests.support.script_loader import PROJECT_ROOT, load_script
-
-apply_patches = load_script("apply_patches")
-check_patches = load_script("check_patches")
-lint_patches = load_script("lint_patches")
+from tests.support.paths import ROOT
 
 VERSION = "1.2.3"
 ENGINE = "".join(f"def step_{i}():\n    return {i}\n\n\n" for i in range(20))
@@ -403,7 +402,7 @@ def test_another_interpreter_patches_its_own_vllm(site, patches, tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    command = [sys.executable, str(PROJECT_ROOT / "devtools/patches/apply.py"), f"--patches={patches}"]
+    command = [sys.executable, str(ROOT / "devtools/patches/apply.py"), f"--patches={patches}"]
     done = subprocess.run([*command, f"--python={python}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (site / "vllm/engine.py").read_text() == EDITED_TWICE
@@ -543,7 +542,7 @@ def cuda_sources():
 
 
 def test_series_applies_to_the_cuda_wheel(cuda_sources, tmp_path):
-    series = read_series(PROJECT_ROOT / "patches")
+    series = read_series(ROOT / "patches")
     touched = {change.path for patch in series.patches for change in patch.changes}
     assert touched
     for path in {*touched, "vllm/__init__.py", "vllm/_version.py"}:
@@ -551,16 +550,16 @@ def test_series_applies_to_the_cuda_wheel(cuda_sources, tmp_path):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes((cuda_sources / path).read_bytes())
     shipped = contents(tmp_path)
-    assert run(tmp_path, PROJECT_ROOT / "patches") == 0
-    assert run(tmp_path, PROJECT_ROOT / "patches", "--check") == 0
+    assert run(tmp_path, ROOT / "patches") == 0
+    assert run(tmp_path, ROOT / "patches", "--check") == 0
     for path in touched:
         assert list((tmp_path / path).parent.glob(f"__pycache__/{Path(path).stem}.*.pyc")), (
             f"{path} not compiled"
         )
-    assert run(tmp_path, PROJECT_ROOT / "patches", "--reverse") == 0
+    assert run(tmp_path, ROOT / "patches", "--reverse") == 0
     assert contents(tmp_path) == shipped
 
 
 def test_series_has_no_lint_findings(cuda_sources):
     version = read_pins()["VLLM_VERSION"]
-    assert lint_patches.lint(PROJECT_ROOT / "patches", version, PROJECT_ROOT, cuda_sources) == []
+    assert lint_patches.lint(ROOT / "patches", version, ROOT, cuda_sources) == []

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer, Report, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck import child as selfcheck
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
 from cutedsl_nvfp4.sm90.experts import tiles_by_name
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
 from cutedsl_nvfp4.support import Layout

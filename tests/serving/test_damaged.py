@@ -25,7 +25,8 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from cutedsl_nvfp4.checkpoint.files import INDEX
 from cutedsl_nvfp4.vllm import plugin
 from tests.support.faults.checkpoint import Tensors, plant
-from tests.support.servers.vllm import DEMO, Server, ServerDied
+from tests.support.paths import DEMO
+from tests.support.servers.vllm import Server, ServerDied
 
 WEIGHTS = "model.safetensors"
 in_one_process = pytest.mark.xdist_group("damaged")  # the model is built once

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.support.faults.checkpoint import FAULTS, plant
-from tests.support.servers.vllm import DEMO, Server, ServerDied
+from tests.support.paths import DEMO
+from tests.support.servers.vllm import Server, ServerDied
 
 pytestmark = pytest.mark.serving
 

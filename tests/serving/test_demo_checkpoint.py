@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from cutedsl_nvfp4 import format as nvfp4
+from tests.support.paths import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
 names = importlib.import_module("recipe.names")
 
 SIZE_LIMIT = 9 * 2**20

@@ -8,9 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from recipe import names as recipe_names
-from recipe.expected import token_logprobs
-from recipe.model import empty_model
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -26,8 +23,12 @@ from cutedsl_nvfp4.checkpoint.layers import quantizable
 from cutedsl_nvfp4.checkpoint.names import native_name
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.coverage import check_coverage, check_weight_coverage
+from recipe import names as recipe_names
+from recipe.expected import token_logprobs
+from recipe.model import empty_model
 from tests.support.checkpoints import dialects as checkpoints
-from tests.support.servers.vllm import DEMO, Server, ServerDied
+from tests.support.paths import DEMO
+from tests.support.servers.vllm import Server, ServerDied
 
 DOCUMENTS = json.loads((DEMO / "expected.json").read_text())["documents"]
 

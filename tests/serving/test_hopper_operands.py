@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers.vllm import DEMO, environment
+from tests.support.paths import DEMO
+from tests.support.servers.vllm import environment
 
 pytestmark = pytest.mark.serving
 

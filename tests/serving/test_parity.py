@@ -21,7 +21,8 @@ from tests.support.faults.reference_model import PLANTED
 from tests.support.parity.record_layers import DECODED
 from tests.support.parity.reference_model import prompt_logprobs, reference_model
 from tests.support.parity.replay import Figures, replay
-from tests.support.servers.vllm import DEMO, Server, environment
+from tests.support.paths import DEMO
+from tests.support.servers.vllm import Server, environment
 
 pytestmark = pytest.mark.serving
 

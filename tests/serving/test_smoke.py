@@ -11,11 +11,11 @@ import time
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler
-from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from tests.support.paths import SCRIPTS
+
 EOS = 257
 MAX_MODEL_LEN = 4096
 STORY = (
@@ -418,7 +418,7 @@ def smoke(tmp_path):
     """Run the smoke test against a server -> (exit status, {check: its JSON row})."""
 
     def run(server: FakeServer, *arguments: str) -> tuple[int, dict[str, dict]]:
-        from scripts.smoke.cli import main
+        from smoke.cli import main
 
         expected, report = tmp_path / "expected.json", tmp_path / "report.json"
         expected.write_text(json.dumps(server.expected))
@@ -467,7 +467,7 @@ def test_a_fault_of_another_model_turns_its_check_red(smoke, fault):
 
 
 def test_every_check_can_turn_red():
-    from scripts.smoke.cli import CHECKS
+    from smoke.cli import CHECKS
 
     planted = set().union(*FAULTS.values(), *FAULTS_OF_ANOTHER_MODEL.values())
     assert planted == {check.name for check in CHECKS}
@@ -564,7 +564,7 @@ def test_json_on_stdout_is_alone_there_and_the_table_has_no_colour():
 
 
 def test_list_names_every_check_in_order():
-    from scripts.smoke.cli import CHECKS
+    from smoke.cli import CHECKS
 
     lines = command("--list").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [check.name for check in CHECKS]

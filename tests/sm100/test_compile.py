@@ -16,8 +16,9 @@ from cutedsl_nvfp4.sm100 import linear
 from cutedsl_nvfp4.sm100.compile import compile_linear, compile_quantize
 from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, TENSOR_MEMORY, LinearTile, choose, shipped
 from devtools.kernels.sass import sm100 as sass
+from tests.support.paths import ROOT
 
-COMPILE_KERNELS = Path(__file__).parent.parent / "devtools/kernels/compile.py"
+COMPILE_KERNELS = ROOT / "devtools/kernels/compile.py"
 ARCHITECTURES = ("sm_100a", "sm_103a")
 LINEAR = {name: kernel for arch in ARCHITECTURES for name, kernel in linear.shipped_kernels(arch).items()}
 QUANTIZE = {

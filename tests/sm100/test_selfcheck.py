@@ -9,8 +9,8 @@ from cutedsl_nvfp4 import reference, support
 from cutedsl_nvfp4.blackwell import quantize
 from cutedsl_nvfp4.format import padded_k, swizzle_scales
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer, Report, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck import child as selfcheck
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
 from cutedsl_nvfp4.sm100 import linear
 from cutedsl_nvfp4.sm120 import linear as sm120_linear
 from cutedsl_nvfp4.support import Layout

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from cutedsl_nvfp4.sm90.compile import compile_linear
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
 from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile, choose, chosen, general, shipped
 from devtools.kernels.sass import sm90 as sass
+from tests.support.paths import ROOT
 
-COMPILE_KERNELS = Path(__file__).parent.parent / "devtools/kernels/compile.py"
+COMPILE_KERNELS = ROOT / "devtools/kernels/compile.py"
 
 
 @pytest.mark.parametrize("name", shipped_kernels())

@@ -17,11 +17,11 @@ import torch
 
 from cutedsl_nvfp4 import support
 from cutedsl_nvfp4.prepare import PreparedExperts, PreparedLinear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+from cutedsl_nvfp4.selfcheck import child as selfcheck
 from cutedsl_nvfp4.sm90 import experts, linear
 from cutedsl_nvfp4.support import Layout
 from tests.support.faults.kernel import emulated
-from tests.support.servers.vllm import DEMO
+from tests.support.paths import DEMO
 
 calls: Counter = Counter()
 

@@ -13,11 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
-from recipe import export, rounding, texts
-from recipe.model import CONFIG, tokenizer
 
 from cutedsl_nvfp4 import ops, reference
 from cutedsl_nvfp4.activation_scale import ActivationScales
@@ -25,8 +22,10 @@ from cutedsl_nvfp4.format import global_scale_from_amax
 from cutedsl_nvfp4.prepare import PreparedExperts, PreparedLinear, prepare_experts, prepare_linear
 from cutedsl_nvfp4.settings import ActivationScale
 from cutedsl_nvfp4.support import Layout
+from recipe import export, rounding, texts
+from recipe.model import CONFIG, tokenizer
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "q_a": r"attn\.wq_a$",
     "q_b": r"attn\.wq_b$",

@@ -1,12 +1,11 @@
 """The benchmarks without a GPU: the tiles and the bars that their committed rows give, copies, checks, warm-up."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from tests.support.paths import ROOT
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""devtools/kernels/check_blackwell.py on machines without such a GPU, and on one that is faked as far as the launch of kernels."""
+"""devtools/kernels/check_blackwell.py without such a GPU, and on one that is faked as far as the launch of kernels."""
 
 import json
 import re
@@ -11,11 +11,10 @@ import torch
 
 from bench.blackwell import measure as blackwell
 from cutedsl_nvfp4 import settings, support
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+from cutedsl_nvfp4.selfcheck import child as selfcheck
 from cutedsl_nvfp4.support import Layout
-from tests.support.script_loader import PROJECT_ROOT, load_script
-
-check_blackwell = load_script("check_blackwell")
+from devtools.kernels import check_blackwell
+from tests.support.paths import ROOT
 
 
 def test_this_machine_is_told_by_name():
@@ -23,7 +22,7 @@ def test_this_machine_is_told_by_name():
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10:
         pytest.skip("a Blackwell GPU")
     answer = subprocess.run(
-        [sys.executable, PROJECT_ROOT / "devtools/kernels/check_blackwell.py"], capture_output=True, text=True
+        [sys.executable, ROOT / "devtools/kernels/check_blackwell.py"], capture_output=True, text=True
     )
     assert answer.returncode == 2
     assert "B200 (sm_100)" in answer.stderr and "DGX Spark (sm_121)" in answer.stderr and not answer.stdout

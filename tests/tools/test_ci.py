@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.script_loader import PROJECT_ROOT
+from tests.support.paths import ROOT
 
 PASS, FAIL = "exit 0", "exit 7"
 
@@ -28,7 +28,7 @@ def ci(tmp_path):
 
     def start(make: str, container: str | None) -> subprocess.Popen:
         (tmp_path / ".ci").mkdir()
-        shutil.copy(PROJECT_ROOT / ".ci/run", tmp_path / ".ci/run")
+        shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
         executable(tmp_path / "bin/make", make)
         (tmp_path / "scripts").mkdir()
         (tmp_path / "devtools/setup/demo_server.py").write_text("")
@@ -93,7 +93,7 @@ def test_the_container_part_refuses_to_run_without_root_instead_of_passing():
         Path(folder).chmod(0o755)
         container = Path(folder) / "ci/container"
         container.parent.mkdir()
-        shutil.copy(PROJECT_ROOT / ".ci/container", container)
+        shutil.copy(ROOT / ".ci/container", container)
         answer = subprocess.run([container], user=65534, group=65534, capture_output=True, text=True)
     assert answer.returncode == 1
     assert "needs root" in answer.stderr

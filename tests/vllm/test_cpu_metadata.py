@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vllm.models.deepseek_v4 import cpu
 from vllm.triton_utils.dispatcher import _kernel_arg_names, _resolve_kernel
 
-from cutedsl_nvfp4.vllm.cpu.metadata.metadata import metadata_kernels
+from cutedsl_nvfp4.vllm.cpu.metadata import metadata_kernels
 
 PAD = -1
 UNTOUCHED = -777  # what outputs hold before, so that a store too few or too many shows

@@ -27,7 +27,7 @@ from vllm.model_executor.kernels.mhc.torch import mhc_post_torch, mhc_pre_torch
 from vllm.model_executor.layers.fused_moe.router.cpu_router import _sqrtsoftplus_bias_topk
 from vllm.platforms import current_platform
 
-from cutedsl_nvfp4.vllm.cpu.metadata import operators as cpu_kernels
+from cutedsl_nvfp4.vllm.cpu import operators as cpu_kernels
 
 OPERATORS = {function.__name__: function for function in cpu_kernels._SCHEMAS}
 

@@ -7,7 +7,7 @@ import torch
 
 from cutedsl_nvfp4 import support
 from cutedsl_nvfp4.prepare import prepare_linear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
+from cutedsl_nvfp4.selfcheck import child as selfcheck
 from cutedsl_nvfp4.support import Layout, Support
 from cutedsl_nvfp4.vllm import selfcheck as vllm_selfcheck
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel

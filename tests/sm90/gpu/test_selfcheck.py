@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck.child import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer, Report, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck import child as selfcheck
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
 from cutedsl_nvfp4.sm90.linear import shipped_kernels
 from cutedsl_nvfp4.support import Layout
 from tests.support.faults.kernel import planted

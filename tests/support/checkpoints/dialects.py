@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from recipe import export, names
 from safetensors.torch import load_file, save_file
 
 from cutedsl_nvfp4 import format as nvfp4
 from cutedsl_nvfp4 import reference
-from tests.support.servers.vllm import DEMO
+from recipe import export, names
+from tests.support.paths import DEMO
 
 Tensors = dict[str, torch.Tensor]
 Checkpoint = tuple[Tensors, dict]

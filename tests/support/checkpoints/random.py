@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from recipe import export
-from recipe.model import CONFIG, empty_model
 from safetensors.torch import save_file
 
+from recipe import export
+from recipe.model import CONFIG, empty_model
 from tests.support.parity.reference_model import Tensors, decoded, load_tensors
-from tests.support.servers.vllm import DEMO
+from tests.support.paths import DEMO
 
 INPUT_SCALE = 0.01
 YARN_FROM = 512

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from recipe import export, names
 from safetensors.torch import save_file
 
 from cutedsl_nvfp4.format import encode_e2m1, pack_codes
+from recipe import export, names
+from tests.support.paths import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "demo"
 FP8_LINEARS = (
     "attn.wq_a",
     "attn.wkv",

@@ -7,7 +7,7 @@ import torch
 
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear
 from cutedsl_nvfp4.reference import experts, linear
-from cutedsl_nvfp4.selfcheck.child.child import ExpertsLayer, Layer
+from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer
 from cutedsl_nvfp4.sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
 
 

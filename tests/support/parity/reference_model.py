@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from recipe import names
-from recipe.model import empty_model
 from safetensors.torch import load_file
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
+
+from recipe import names
+from recipe.model import empty_model
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,8 +11,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "demo"
+from tests.support.paths import ROOT
+
 START_TIMEOUT = 300
 LANES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))

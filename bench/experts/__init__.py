@@ -1,0 +1,1 @@
+"""The experts' kernels and their peers."""

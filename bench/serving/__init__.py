@@ -1,0 +1,1 @@
+"""Servers: step times, and checkpoints to time them with."""

@@ -1,0 +1,1 @@
+"""Build the image and prove what is in it."""

@@ -1,0 +1,1 @@
+"""Compile kernels ahead of time, read their machine code, check the layers of the package."""

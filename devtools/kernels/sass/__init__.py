@@ -1,0 +1,1 @@
+"""Read kernels' machine code (SASS)."""

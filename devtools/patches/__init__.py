@@ -1,0 +1,1 @@
+"""Apply, check and lint the patch series."""

@@ -1,0 +1,1 @@
+"""Make .venv, look at the machine, serve the demo."""
