@@ -85,7 +85,7 @@ bench-check:  ## every speed bar of the GPU kernels with its measured figure; fa
 	@$(PYTHON) -m bench.report docs/results/h200_linear.json docs/results/h200_experts.json --bars
 
 plots: setup-dev  ## draw docs/results/plots from the committed rows
-	@PYTHONPATH=kernels:bench $(VENV)/python bench/plots.py $(ARGS)
+	@PYTHONPATH=kernels $(VENV)/python -m bench.plots $(ARGS)
 
 train-demo: setup-dev  ## train demo/ again from its recipe
 	@$(VENV)/python devtools/demo/train.py $(ARGS)

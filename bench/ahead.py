@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile the tuning runs' candidates ahead of time, so that a GPU does not wait for them; needs no GPU.
 
-    PYTHONPATH=kernels:bench python3 bench/ahead.py FOLDER [--jobs N] [linear] [experts] [shipped]
+    PYTHONPATH=kernels python3 -m bench.ahead FOLDER [--jobs N] [linear] [experts] [shipped]
 
 Every kernel's machine code is read too: one that spills is named, not written. The tuning runs then find the
 kernels through CUTEDSL_NVFP4_KERNELS=FOLDER, and compile what is missing there.

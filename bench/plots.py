@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The committed rows -> docs/results/plots/*.svg (make plots).
 
-    PYTHONPATH=kernels:bench python3 bench/plots.py [--results docs/results] [--out docs/results/plots]
+    PYTHONPATH=kernels python3 -m bench.plots [--results docs/results] [--out docs/results/plots]
 
 h200_linear.svg and h200_experts.svg: time over floor by tokens, of this project's kernels and of the peers.
 h200_serving.svg: step times of the server, the image compared with stock vLLM.

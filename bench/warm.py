@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fill the peers' on-disk caches of compiled kernels, so that the timed runs wait for no compiler.
 
-    PYTHONPATH=kernels:bench python3 bench/warm.py [--jobs N] [--shapes I:J] [--tokens 1,16] [--cases flash]
+    PYTHONPATH=kernels python3 -m bench.warm [--jobs N] [--shapes I:J] [--tokens 1,16] [--cases flash]
         [--peers quack,humming] [--seconds S]
 
 Each of `--jobs` processes on the one GPU takes a (shape, M, peer) or an (expert case, peer) at a time, prepares

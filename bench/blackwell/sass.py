@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The main loops of Blackwell's kernels beside those of NVIDIA's own: instructions, registers, spills. No GPU needed.
 
-    PYTHONPATH=kernels:bench:scripts python3 bench/blackwell/sass.py [--arch sm_100a] [--mix] [NAME ...]
+    PYTHONPATH=kernels python3 -m bench.blackwell.sass [--arch sm_100a] [--mix] [NAME ...]
 
 A row a kernel: tensor core instructions of its main loop, other instructions for each of them, the same of NVIDIA's
 example of that kind (nvidia_examples.py) with the same tile or its nearest, and the ratio. Exits 1 where a kernel

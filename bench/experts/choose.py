@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tuning rows (bench/experts/tune.py) -> kernels/cutedsl_nvfp4/sm90/measured_experts.py: few kernels for all rows.
 
-    PYTHONPATH=kernels:bench python3 bench/experts/choose.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.03]
+    PYTHONPATH=kernels python3 -m bench.experts.choose ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.03]
 
 Tiles are added greedily as bench/linear/choose.py does, until no (layer, M) is more than `--loss` slower than
 its own best. Layers that differ in their routing only (expert parallelism, Zipf) share a rule's table.

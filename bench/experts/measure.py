@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """This project's Hopper experts beside their peers on DeepSeek-V4's expert layers -> JSON with ceilings and rows.
 
-    PYTHONPATH=kernels:bench python3 bench/experts/measure.py OUT.json [--cases flash] [--tokens 1,64] [--seconds S]
+    PYTHONPATH=kernels python3 -m bench.experts.measure OUT.json [--cases flash] [--tokens 1,64] [--seconds S]
 
 Per (case, M, routing): every implementation is timed in CUDA graphs over several routings (so that weights
 come from memory), `REPEATS` repeats interleaved between implementations, medians. Results are checked

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure candidate tiles of the experts on every case and token count -> JSON lines, one per configuration.
 
-    PYTHONPATH=kernels:bench python3 bench/experts/tune.py OUT.jsonl [--cases flash,pro_tp8] [--seconds S]
+    PYTHONPATH=kernels python3 -m bench.experts.tune OUT.jsonl [--cases flash,pro_tp8] [--seconds S]
 
 Every tile is tried for both products at once, then the best w13 with every w2 of the same tokens, and the
 other way round. The result of the first configuration of a token count is the reference: others must agree.

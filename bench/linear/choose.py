@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn tuning rows (bench/linear/tune.py) into kernels/cutedsl_nvfp4/sm90/measured.py: few configurations for all rows.
 
-    PYTHONPATH=kernels:bench python3 bench/linear/choose.py ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.01]
+    PYTHONPATH=kernels python3 -m bench.linear.choose ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.01]
 
 Configurations are added greedily, the one that saves most time first, until no (shape, M) is more than
 `--loss` slower than its own best. Fewer configurations mean fewer kernels to compile ahead of time.

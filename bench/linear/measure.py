@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """This project's Hopper linear beside its peers on every DeepSeek-V4 linear -> JSON with ceilings and rows.
 
-    PYTHONPATH=kernels:bench python3 bench/linear/measure.py OUT.json [--shapes I:J] [--tokens 1,16] [--peers quack]
+    PYTHONPATH=kernels python3 -m bench.linear.measure OUT.json [--shapes I:J] [--tokens 1,16] [--peers quack]
         [--seconds S]
 
 Per (shape, M): every implementation is timed in CUDA graphs over rotated weights (more bytes than L2 holds),

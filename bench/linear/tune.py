@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
-    PYTHONPATH=kernels:bench python3 bench/linear/tune.py OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
+    PYTHONPATH=kernels python3 -m bench.linear.tune OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
         [--known ROWS.jsonl.gz] [--without bulk=True,panels=3]
 
 Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.

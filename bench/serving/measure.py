@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Step times of a running server, by its own clock -> JSON rows, appended to OUT.
 
-    python3 bench/serving/measure.py OUT.jsonl --port 8000 --label 'ours, 4 layers' [--streams 1,8] [--prefill 2048]
+    python3 -m bench.serving.measure OUT.jsonl --port 8000 --label 'ours, 4 layers' [--streams 1,8] [--prefill 2048]
 
 Decode: one request with a prompt for each stream, so that all streams start together; the step is the change
 of `vllm:inter_token_latency_seconds` (sum over count). Prefill: one prompt of random tokens, one token out;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write an all-NVFP4 DeepSeek-V4 checkpoint of full width and few layers, with valid random operands.
 
-    PYTHONPATH=kernels:bench python3 bench/serving/random_checkpoint.py OUT [--model flash] [--layers 4] [--experts 64]
+    PYTHONPATH=kernels python3 -m bench.serving.random_checkpoint OUT [--model flash] [--layers 4] [--experts 64]
 
 With --experts-only all but the routed experts is bf16: what stock vLLM can serve, too. For timing and for comparing
 kernels on shapes that are served, where no trained checkpoint is needed: unlike `--load-format dummy`, every code

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Serve a deep model from the weights of a few layers: for timing models that no disk at hand can hold.
 
-    python3 bench/serving/repeat_layers.py SHALLOW DEEP --layers 43     folder DEEP: SHALLOW's files, more layers
-    python3 bench/serving/repeat_layers.py --install FOLDER             the vLLM plugin, in a folder of PYTHONPATH
+    python3 -m bench.serving.repeat_layers SHALLOW DEEP --layers 43     folder DEEP: SHALLOW's files, more layers
+    python3 -m bench.serving.repeat_layers --install FOLDER             the vLLM plugin, in a folder of PYTHONPATH
     VLLM_PLUGINS=repeat_layers,… vllm serve DEEP --load-format repeat_layers
 
 SHALLOW is a folder of bench/serving/random_checkpoint.py. Layer L of DEEP is loaded from the stored layer with its
