@@ -20,6 +20,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # devtools, wherever this is run from
+
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 
 
@@ -47,12 +49,13 @@ def blackwell_kernels(arch: str) -> dict[str, tuple]:
     from importlib import import_module
 
     from cutedsl_nvfp4.blackwell import quantize
-    from cutedsl_nvfp4.sm100.compile import compile_quantize
+    from cutedsl_nvfp4.blackwell.compile import compile_quantize
 
-    family = "cutedsl_nvfp4.sm120" if arch in ("sm_120a", "sm_121a") else "cutedsl_nvfp4.sm100"
-    linear, experts, compiler, sass = (
-        import_module(f"{family}.{name}") for name in ("linear", "experts", "compile", "sass")
+    family = "sm120" if arch in ("sm_120a", "sm_121a") else "sm100"
+    linear, experts, compiler = (
+        import_module(f"cutedsl_nvfp4.{family}.{name}") for name in ("linear", "experts", "compile")
     )
+    sass = import_module(f"devtools.kernels.sass.{family}")
     found = {}
     for name, arguments in quantize.shipped_kernels(arch).items():
         found[name] = partial(compile_quantize, *arguments), partial(sass.problems, tile=None)

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from tests.image.container import READY_SECONDS, ROOT, Service, run
 
 pytestmark = pytest.mark.image

@@ -9,10 +9,10 @@ import urllib.parse
 import urllib.request
 
 import pytest
-from tests.image.container import COMPOSE, ROOT, Service, run
 
 from devtools.patches.series import read_series
 from devtools.setup.pins import read_pins
+from tests.image.container import COMPOSE, ROOT, Service, run
 
 pytestmark = pytest.mark.image
 

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.image.container import ROOT, run
 
 from devtools.setup import pins
+from tests.image.container import ROOT, run
 
 pytestmark = pytest.mark.image
 

@@ -111,9 +111,15 @@ def compare(old: Path, new: Path) -> int:
             continue
         before, after = (json.loads(path.read_text()) for path in paths)
         total += len(before)
+        texts = {entry["sha256"] for name, entry in before.items() if name not in after}
+        renamed = [n for n in after if n not in before and after[n]["sha256"] in texts]
+        if renamed:
+            print(f"{arch}: {len(renamed)} kernels of the same text have another name, such as {renamed[0]}")
+        kept = {after[name]["sha256"] for name in renamed}
         for name in sorted(before.keys() ^ after.keys()):
-            different += 1
-            print(f"{arch} {name}: only in {'the first' if name in before else 'the second'}")
+            if (before.get(name) or after[name])["sha256"] not in kept:
+                different += 1
+                print(f"{arch} {name}: only in {'the first' if name in before else 'the second'}")
         for name in sorted(before.keys() & after.keys()):
             one, two = before[name], after[name]
             if one["sha256"] != two["sha256"]:

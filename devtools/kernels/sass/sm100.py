@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from cutedsl_nvfp4.sm100.expert_tiles import GroupedTile
-from cutedsl_nvfp4.sm100.tiles import STEP_K, LinearTile
+from cutedsl_nvfp4.sm100.tiles import TILE_K, GroupedTile, LinearTile
 from devtools.kernels.sass.machine_code import read
 
 OTHER_PER_MMA = 19.0  # most instructions beside each MMA of the main loop; NVIDIA's own examples: bench/sass
@@ -16,9 +15,9 @@ def problems(cubin: Path, tile: LinearTile | GroupedTile | None) -> list[str]:
     wrong = code.problems()
     if tile is None:
         return wrong
-    expected = STEP_K // 64 * (tile.panels if isinstance(tile, GroupedTile) else 1)
+    expected = TILE_K // 64 * (tile.panels if isinstance(tile, GroupedTile) else 1)
     # as sm_100a and sm_103a call it
-    instruction = rf"UTCOMMA{'[.]2CTA' * (tile.ctas - 1)}[.](4X|BLOCK16)"
+    instruction = rf"UTCOMMA{'[.]2CTA' * (tile.ctas_per_mma - 1)}[.](4X|BLOCK16)"
     right = len(code.mma) == 1 and all(re.fullmatch(instruction, opcode) for opcode in code.mma)
     if not right or sum(code.mma.values()) != expected or code.mma_everywhere != code.mma:
         wrong.append(

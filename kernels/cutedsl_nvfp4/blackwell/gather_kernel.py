@@ -8,8 +8,6 @@ of its last atom; with a scale of every slot also that scale, f32 [R]. Slots wit
 they hold stays in their own column of a product.
 """
 
-from enum import StrEnum
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
@@ -17,16 +15,9 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from ..device.ptx import load_coherent
 from ..format import AMAX_PER_GLOBAL_SCALE, GROUP_SIZE
 from .rounding import largest, round_group, scale_offset
+from .variants import Scale
 
 THREADS = 256
-
-
-class Scale(StrEnum):
-    """Whose the global scale of an activation is."""
-
-    TENSOR = "tensor"  # f32 [1]
-    EXPERT = "expert"  # f32 [E]
-    TOKEN = "token"  # found here: amax / (6 * 448), 1 for a row of zeros
 
 
 class Gather:

@@ -90,6 +90,6 @@ def arch_of_name(name: str) -> str:
 
 
 def _compile(dynamic: bool, arch: str):
-    from ..sm100.compile import compile_quantize  # needs CuTe DSL, which ahead-of-time kernels do not
+    from .compile import compile_quantize  # needs CuTe DSL, which ahead-of-time kernels do not
 
     return compile_quantize(dynamic, arch)

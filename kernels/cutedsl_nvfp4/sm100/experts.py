@@ -21,8 +21,8 @@ from ..blackwell.quantize import arch_of, arch_of_name
 from ..compiled import compiled
 from ..format import GROUP_SIZE, padded_k
 from ..support import sm_count
-from .expert_tiles import ExpertTiles, GroupedTile, choose_experts, chosen_experts, shipped_expert_tiles
 from .linear import TYPE_NAMES
+from .tiles import ExpertTiles, GroupedTile, choose_experts, chosen_experts, shipped_expert_tiles
 
 __all__ = [
     "chosen_experts",
@@ -259,11 +259,12 @@ def kernel_name(arch: str, kind: str, *arguments) -> str:
 def build(arch: str, kind: str, *arguments, options: str = "") -> Callable:
     """Compile "route", "gather" (whose scale, from slots), "product" (tile, result) or "combine" (top-k, type)."""
     from ..blackwell import compile as compiler  # needs CuTe DSL, which ahead-of-time kernels do not
+    from . import compile as products
 
     compile_kind = {
         "route": compiler.compile_route,
         "gather": compiler.compile_gather,
-        "product": compiler.compile_product,
+        "product": products.compile_product,
         "combine": compiler.compile_combine,
     }[kind]
     if kind == "product" and not isinstance(arguments[0], GroupedTile):

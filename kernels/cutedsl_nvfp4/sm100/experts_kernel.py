@@ -4,7 +4,7 @@
     w13   h[s, n] = swiglu(acc[0] * g, acc[1] * u)            g, u = act_scale * row_scale of gate and up rows
     w2    y[pair of s, n] = acc * act_scale * row_scale
 
-A slot is a row of the scratch: tile t of the table holds slots tokens * t and following. Weights are the
+A slot is a row of the scratch: tile i of the table holds slots tokens * i and following. Weights are the
 instruction's M, 128 rows to a panel; tokens are its N, so that a few tokens take a small tile.
 
     weights       e2m1 [E, N, K], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 atoms
@@ -12,7 +12,6 @@ instruction's M, 128 rows to a panel; tokens are its N, so that a few tokens tak
     h, NVFP4      as tokens; h or y, bf16: [R, I], [M * T, H]
 """
 
-from enum import StrEnum
 from typing import NamedTuple
 
 import cutlass
@@ -34,22 +33,15 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from ..blackwell.rounding import round_group, scale_offset
+from ..blackwell.variants import Result
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, load_words, smem_address
 from ..format import GROUP_SIZE
-from .expert_tiles import GROUPS_PER_ATOM, ROWS, TENSOR_COLUMNS, TILE_K, GroupedTile
 from .ptx import fence_after_wait, fence_before_arrive, store_bf16
+from .tiles import GROUPS_PER_ATOM, ROWS, TENSOR_COLUMNS, TILE_K, GroupedTile
 
 PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output: no bank conflicts
 TMEM_BARRIER, FIRST_GROUP_BARRIER = 1, 2
-
-
-class Result(StrEnum):
-    """What an epilogue makes of the accumulators."""
-
-    NVFP4 = "nvfp4"  # w13: SwiGLU, rounded to NVFP4 with a scale that is known
-    BF16 = "bf16"  # w13: SwiGLU, for a scale that depends on all of a slot
-    ROWS = "rows"  # w2: scaled, by pair
 
 
 class Layouts(NamedTuple):
@@ -73,44 +65,44 @@ class ExpertsKernel:
         next warp        tcgen05: block scales to tensor memory, MMA of each panel
         last warp        TMA of both operands and their scales; weights of the first tile before the tokens exist
     Pipelines
-        stages           TMA -> MMA, `config.stages` of 256 k
+        stages           TMA -> MMA, `tile.stages` of 256 k
         accumulators     MMA -> epilogue, one or two tiles
     With two CTAs a panel is 256 rows; a CTA loads and stores its 128 of them and loads half of the tokens.
     """
 
-    def __init__(self, config: GroupedTile, result: str):
-        config.check()
-        self.config = config
+    def __init__(self, tile: GroupedTile, result: str):
+        tile.check()
+        self.tile = tile
         self.result = Result(result)
         self.activated = self.result is not Result.ROWS
-        if self.activated and config.panels != 2:
-            raise ValueError(f"{config}: w13 takes two panels, gate and up")
-        self.mma_warp = 4 * config.epilogue_groups
+        if self.activated and tile.panels != 2:
+            raise ValueError(f"{tile}: w13 takes two panels, gate and up")
+        self.mma_warp = 4 * tile.epilogue_groups
         self.tma_warp = self.mma_warp + 1
-        self.cluster = (config.ctas, 1, 1)
-        self.tile = (config.rows, config.tokens, TILE_K)  # of all CTAs that share the instruction
-        self.scale_tile = (ROWS, config.scale_atoms * ROWS, TILE_K)
+        self.cluster = (tile.ctas_per_mma, 1, 1)
+        self.mma_tile = (tile.rows, tile.tokens, TILE_K)  # of all CTAs that share the instruction
+        self.scale_tile = (ROWS, tile.scale_atoms * ROWS, TILE_K)
 
     def layouts(self) -> Layouts:
         """Host code that kernel and tests share; static, so the kernel calls it again."""
-        c = self.config
-        group = tcgen05.CtaGroup.TWO if c.ctas == 2 else tcgen05.CtaGroup.ONE
+        t = self.tile
+        group = tcgen05.CtaGroup.TWO if t.ctas_per_mma == 2 else tcgen05.CtaGroup.ONE
         major = OperandMajorMode.K
         operands = (Float4E2M1FN, Float4E2M1FN, major, major, Float8E4M3FN, GROUP_SIZE)
-        mma = blackwell.make_blockscaled_trivial_tiled_mma(*operands, group, self.tile[:2])
+        mma = blackwell.make_blockscaled_trivial_tiled_mma(*operands, group, self.mma_tile[:2])
         # Every CTA of an instruction reads the scales of all tokens, whole 128-row atoms of them.
         scale_mma = blackwell.make_blockscaled_trivial_tiled_mma(
             *operands, tcgen05.CtaGroup.ONE, self.scale_tile[:2]
         )
-        panels = c.panels * c.stages
+        panels = t.panels * t.stages
         cluster = cute.make_layout(self.cluster)
         return Layouts(
             mma=mma,
             scale_mma=scale_mma,
-            weights=blackwell.make_smem_layout_a(mma, self.tile, Float4E2M1FN, panels),
-            tokens=blackwell.make_smem_layout_b(mma, self.tile, Float4E2M1FN, c.stages),
-            weight_scales=blockscaled.make_smem_layout_sfa(mma, self.tile, GROUP_SIZE, panels),
-            token_scales=blockscaled.make_smem_layout_sfb(mma, self.tile, GROUP_SIZE, c.stages),
+            weights=blackwell.make_smem_layout_a(mma, self.mma_tile, Float4E2M1FN, panels),
+            tokens=blackwell.make_smem_layout_b(mma, self.mma_tile, Float4E2M1FN, t.stages),
+            weight_scales=blockscaled.make_smem_layout_sfa(mma, self.mma_tile, GROUP_SIZE, panels),
+            token_scales=blockscaled.make_smem_layout_sfb(mma, self.mma_tile, GROUP_SIZE, t.stages),
             cluster=cute.tiled_divide(cluster, (mma.thr_id.shape,)),
             scale_cluster=cute.tiled_divide(cluster, (scale_mma.thr_id.shape,)),
         )
@@ -156,7 +148,7 @@ class ExpertsKernel:
         max_ctas: Int32,
         stream,
     ):
-        c = self.config
+        t = self.tile
         layouts = self.layouts()
         operands = (mWeights, mTokens, mWeightScales, mTokenScales)
         elements = (Float4E2M1FN, Float4E2M1FN, Float8E4M3FN, Float8E4M3FN)
@@ -171,7 +163,7 @@ class ExpertsKernel:
             blackwell.cluster_shape_to_tma_atom_A(self.cluster, layouts.mma.thr_id),
             weights,
             cute.slice_(layouts.weights, (None, None, None, 0)),
-            self.tile,
+            self.mma_tile,
             layouts.mma,
             layouts.cluster.shape,
         )
@@ -179,7 +171,7 @@ class ExpertsKernel:
             blackwell.cluster_shape_to_tma_atom_B(self.cluster, layouts.mma.thr_id),
             tokens,
             cute.slice_(layouts.tokens, (None, None, None, 0)),
-            self.tile,
+            self.mma_tile,
             layouts.mma,
             layouts.cluster.shape,
         )
@@ -187,7 +179,7 @@ class ExpertsKernel:
             blackwell.cluster_shape_to_tma_atom_A(self.cluster, layouts.mma.thr_id),
             weight_scales,
             cute.slice_(layouts.weight_scales, (None, None, None, 0)),
-            self.tile,
+            self.mma_tile,
             layouts.mma,
             layouts.cluster.shape,
             internal_type=Int16,
@@ -204,8 +196,8 @@ class ExpertsKernel:
 
         @cute.struct
         class Shared:
-            loads: cute.struct.MemRange[Int64, 2 * c.stages]
-            sums: cute.struct.MemRange[Int64, 2 * c.accumulator_stages]
+            loads: cute.struct.MemRange[Int64, 2 * t.stages]
+            sums: cute.struct.MemRange[Int64, 2 * t.accumulator_stages]
             tmem_freed: Int64
             tmem: Int32
             weights: cute.struct.Align[
@@ -220,12 +212,12 @@ class ExpertsKernel:
             token_scales: cute.struct.Align[
                 cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.token_scales)], 1024
             ]
-            output: cute.struct.Align[cute.struct.MemRange[Uint8, c.output_bytes], 128]
-            act_scales: cute.struct.Align[cute.struct.MemRange[Float32, c.tokens * c.epilogue_groups], 16]
-            pairs: cute.struct.MemRange[Int32, c.tokens * c.epilogue_groups]
+            output: cute.struct.Align[cute.struct.MemRange[Uint8, t.output_bytes], 128]
+            act_scales: cute.struct.Align[cute.struct.MemRange[Float32, t.tokens * t.epilogue_groups], 16]
+            pairs: cute.struct.MemRange[Int32, t.tokens * t.epilogue_groups]
 
         self.shared = Shared
-        row_tiles = cute.ceil_div(weights.shape[0], c.rows if self.activated else c.rows * c.panels)
+        row_tiles = cute.ceil_div(weights.shape[0], t.rows if self.activated else t.rows * t.panels)
         self.kernel(
             weight_atom,
             tWeights,
@@ -248,8 +240,12 @@ class ExpertsKernel:
             limit,
             row_tiles,
         ).launch(
-            grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas // c.ctas) * c.ctas, 1, 1),
-            block=(c.threads, 1, 1),
+            grid=(
+                cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas // t.ctas_per_mma) * t.ctas_per_mma,
+                1,
+                1,
+            ),
+            block=(t.threads, 1, 1),
             cluster=self.cluster,
             min_blocks_per_mp=1,
             stream=stream,
@@ -280,14 +276,14 @@ class ExpertsKernel:
         limit: Float32,
         row_tiles: Int32,
     ):
-        c = self.config
+        t = self.tile
         layouts = self.layouts()
         mma = layouts.mma
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         thread, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
-        member = bid % c.ctas
+        member = bid % t.ctas_per_mma
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         coordinate = layouts.cluster.get_flat_coord(rank)
         scale_coordinate = layouts.scale_cluster.get_flat_coord(rank)
@@ -303,7 +299,7 @@ class ExpertsKernel:
         sTokens = storage.tokens.get_tensor(layouts.tokens.outer, swizzle=layouts.tokens.inner)
         sWeightScales = storage.weight_scales.get_tensor(layouts.weight_scales)
         sTokenScales = storage.token_scales.get_tensor(layouts.token_scales)
-        sums_shape = cute.append(mma.partition_shape_C(self.tile[:2]), c.panels * c.accumulator_stages)
+        sums_shape = cute.append(mma.partition_shape_C(self.mma_tile[:2]), t.panels * t.accumulator_stages)
         sums_layout = mma.make_fragment_C(sums_shape).layout
         count = cute.ceil_div(mWeights.shape[1], TILE_K)
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
@@ -313,13 +309,13 @@ class ExpertsKernel:
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
         units = tiles * row_tiles
-        first, step = bid // c.ctas, ctas // c.ctas
+        first, step = bid // t.ctas_per_mma, ctas // t.ctas_per_mma
 
         if warp == self.tma_warp:
             thr_mma = mma.get_slice(member)
             thr_scale_mma = layouts.scale_mma.get_slice(0)
-            weight_tile = cute.slice_(self.tile, (None, 0, None))
-            token_tile = cute.slice_(self.tile, (0, None, None))
+            weight_tile = cute.slice_(self.mma_tile, (None, 0, None))
+            token_tile = cute.slice_(self.mma_tile, (0, None, None))
             scale_tile = cute.slice_(self.scale_tile, (0, None, None))
             everything = (None, None, None)
             gWeights = thr_mma.partition_A(cute.local_tile(mWeights, weight_tile, everything))
@@ -330,7 +326,7 @@ class ExpertsKernel:
             by_token = cute.make_layout(cute.slice_(layouts.cluster, (0, None, 0, 0)).shape)
             by_scale = cute.make_layout(cute.slice_(layouts.scale_cluster, (0, None, 0, 0)).shape)
             masks = (None, None, None, None)
-            if cutlass.const_expr(c.ctas == 2):
+            if cutlass.const_expr(t.ctas_per_mma == 2):
                 mask_a = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=2)
                 mask_b = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=1)
                 mask_scales = cpasync.create_tma_multicast_mask(
@@ -345,23 +341,23 @@ class ExpertsKernel:
             token_scales = self.partition_loads(
                 token_scale_atom, scale_coordinate[1], by_scale, sTokenScales, gTokenScales
             )
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
             early = Int32(0)  # stages whose weights do not wait for the previous kernel
             expert, first_slot, _, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
             if first < units:
-                early = cutlass.min(count, c.stages)
+                early = cutlass.min(count, t.stages)
                 for k in cutlass.range(early, unroll=1):
                     loads.producer_acquire(state)
                     self.load_weights(
                         weights, weight_scales, masks, loads, state, k, first % row_tiles, expert
                     )
                     state.advance()
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.stages)
+            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
             cute.arch.griddepcontrol_wait()
             for unit in cutlass.range(first, units, step, unroll=1):
                 following = cutlass.min(unit + step, units - 1)
                 next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
-                token_at = first_slot // c.tokens
+                token_at = first_slot // t.tokens
                 row_tile = unit % row_tiles
                 for k in cutlass.range(count, unroll=1):
                     if early <= 0:
@@ -439,37 +435,39 @@ class ExpertsKernel:
             )
             tmem.relinquish_alloc_permit()
             pipeline.NamedBarrier(
-                barrier_id=FIRST_GROUP_BARRIER + 2, num_threads=128 * c.epilogue_groups
+                barrier_id=FIRST_GROUP_BARRIER + 2, num_threads=128 * t.epilogue_groups
             ).arrive_and_wait()
             tmem.free(columns)
 
     def synchronization(self, storage, layouts: Layouts):
         """(pipeline of stages, pipeline of accumulators, allocator of tensor memory)."""
-        c = self.config
+        t = self.tile
         loads = pipeline.PipelineTmaUmma.create(
             barrier_storage=storage.loads.data_ptr(),
-            num_stages=c.stages,
+            num_stages=t.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
-            tx_count=c.stage_bytes * c.ctas,
+            tx_count=t.stage_bytes * t.ctas_per_mma,
             cta_layout_vmnk=layouts.cluster,
             defer_sync=True,
         )
         sums = pipeline.PipelineUmmaAsync.create(
             barrier_storage=storage.sums.data_ptr(),
-            num_stages=c.accumulator_stages,
+            num_stages=t.accumulator_stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 128 * c.epilogue_groups * c.ctas),
+            consumer_group=pipeline.CooperativeGroup(
+                pipeline.Agent.Thread, 128 * t.epilogue_groups * t.ctas_per_mma
+            ),
             cta_layout_vmnk=layouts.cluster,
             defer_sync=True,
         )
         tmem = cutlass.memory.TmemAllocator(
             storage.tmem.ptr,
             barrier_for_retrieve=pipeline.NamedBarrier(
-                barrier_id=TMEM_BARRIER, num_threads=128 * c.epilogue_groups + 32
+                barrier_id=TMEM_BARRIER, num_threads=128 * t.epilogue_groups + 32
             ),
             allocator_warp_id=0,
-            is_two_cta=c.ctas == 2,
+            is_two_cta=t.ctas_per_mma == 2,
             two_cta_tmem_dealloc_mbar_ptr=storage.tmem_freed.ptr,
         )
         return loads, sums, tmem
@@ -487,14 +485,14 @@ class ExpertsKernel:
         self, weights, weight_scales, masks, loads, state, k: Int32, row_tile: Int32, expert: Int32
     ):
         """Codes and scales of every panel into the stage that `state` names."""
-        c = self.config
+        t = self.tile
         barrier = loads.producer_get_barrier(state)
-        for p in cutlass.range_constexpr(c.panels):
+        for p in cutlass.range_constexpr(t.panels):
             if cutlass.const_expr(self.activated):
                 row, matrix = row_tile, expert * 2 + p
             else:
-                row, matrix = row_tile * c.panels + p, expert
-            slot = state.index * c.panels + p
+                row, matrix = row_tile * t.panels + p, expert
+            slot = state.index * t.panels + p
             for load, mask in ((weights, masks[0]), (weight_scales, masks[1])):
                 atom, tSource, tTarget = load
                 cute.copy(
@@ -508,7 +506,7 @@ class ExpertsKernel:
     @cute.jit
     def scale_copy(self, shared: cute.Tensor, target: cute.Tensor):
         """(tiled copy, shared view by stage, tensor memory view) of block scales on their way to tensor memory."""
-        group = tcgen05.CtaGroup.TWO if self.config.ctas == 2 else tcgen05.CtaGroup.ONE
+        group = tcgen05.CtaGroup.TWO if self.tile.ctas_per_mma == 2 else tcgen05.CtaGroup.ONE
         compact = cute.filter_zeros(target)
         copy = tcgen05.make_s2t_copy(cute.make_copy_atom(tcgen05.Cp4x32x128bOp(group), Float8E4M3FN), compact)
         thr_copy = copy.get_slice(0)
@@ -534,33 +532,33 @@ class ExpertsKernel:
         count: Int32,
     ):
         """Issue every product of this CTA's tiles; of two CTAs, the first issues for both."""
-        c = self.config
+        t = self.tile
         layouts = self.layouts()
         tCrWeights = mma.make_fragment_A(sWeights)
         tCrTokens = mma.make_fragment_B(sTokens)
         tCtSums = cute.make_tensor(columns, sums_layout)
-        used = c.panels * c.accumulator_stages * c.tokens
+        used = t.panels * t.accumulator_stages * t.tokens
         panel_columns = TILE_K // 64 * 4
         weight_layout = blockscaled.make_tmem_layout_sfa(
-            mma, self.tile, GROUP_SIZE, cute.slice_(layouts.weight_scales, (None, None, None, 0))
+            mma, self.mma_tile, GROUP_SIZE, cute.slice_(layouts.weight_scales, (None, None, None, 0))
         )
         token_layout = blockscaled.make_tmem_layout_sfb(
-            mma, self.tile, GROUP_SIZE, cute.slice_(layouts.token_scales, (None, None, None, 0))
+            mma, self.mma_tile, GROUP_SIZE, cute.slice_(layouts.token_scales, (None, None, None, 0))
         )
         tWeightScales = [
             cute.make_tensor(
                 cute.recast_ptr(columns + (used + p * panel_columns), dtype=Float8E4M3FN), weight_layout
             )
-            for p in range(c.panels)
+            for p in range(t.panels)
         ]
         tTokenScales = cute.make_tensor(
-            cute.recast_ptr(columns + (used + c.panels * panel_columns), dtype=Float8E4M3FN), token_layout
+            cute.recast_ptr(columns + (used + t.panels * panel_columns), dtype=Float8E4M3FN), token_layout
         )
-        weight_copies = [self.scale_copy(sWeightScales, t) for t in tWeightScales]
+        weight_copies = [self.scale_copy(sWeightScales, shared) for shared in tWeightScales]
         token_copy = self.scale_copy(sTokenScales, tTokenScales)
 
-        load_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.stages)
-        sums_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, c.accumulator_stages)
+        load_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, t.stages)
+        sums_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.accumulator_stages)
         for _ in cutlass.range(first, units, step, unroll=1):
             if leads:
                 sums.producer_acquire(sums_state)
@@ -569,17 +567,17 @@ class ExpertsKernel:
                     loads.consumer_wait(load_state)
                     copy, source, target = token_copy
                     cute.copy(copy, source[None, None, None, None, load_state.index], target)
-                    for p in cutlass.range_constexpr(c.panels):
+                    for p in cutlass.range_constexpr(t.panels):
                         copy, source, target = weight_copies[p]
-                        slot = load_state.index * c.panels + p
+                        slot = load_state.index * t.panels + p
                         cute.copy(copy, source[None, None, None, None, slot], target)
-                    for p in cutlass.range_constexpr(c.panels):
+                    for p in cutlass.range_constexpr(t.panels):
                         mma.set(tcgen05.Field.ACCUMULATE, k != 0)
-                        acc = tCtSums[None, None, None, sums_state.index * c.panels + p]
+                        acc = tCtSums[None, None, None, sums_state.index * t.panels + p]
                         cute.gemm(
                             mma,
                             acc,
-                            [tCrWeights[None, None, None, load_state.index * c.panels + p], tWeightScales[p]],
+                            [tCrWeights[None, None, None, load_state.index * t.panels + p], tWeightScales[p]],
                             [tCrTokens[None, None, None, load_state.index], tTokenScales],
                             acc,
                         )
@@ -591,7 +589,7 @@ class ExpertsKernel:
 
     def accumulator_load(self, tCtSums: cute.Tensor, thread):
         """(tiled copy, a thread's view (values, 1, 1, 1, chunk, tile * panels + panel), its values' (lane, column))."""
-        chunk = self.config.chunk
+        chunk = self.tile.chunk
         chunks = cute.flat_divide(tCtSums[(None, None), 0, 0, None], (ROWS, chunk))
         atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(chunk)), Float32)
         load = tcgen05.make_tmem_copy(atom, chunks[None, None, 0, 0, 0])
@@ -632,26 +630,26 @@ class ExpertsKernel:
 
         A thread has a weight row of every panel, a group of four warps all rows of a chunk's slots.
         """
-        c = self.config
+        t = self.tile
         group = thread // 128
         inside = thread % 128
         results = mRowScale.shape[1] // (2 if self.activated else 1)
-        sActScales = storage.act_scales.get_tensor(cute.make_layout((c.tokens, c.epilogue_groups)))
-        sPairs = storage.pairs.get_tensor(cute.make_layout((c.tokens, c.epilogue_groups)))
-        half_bytes = cutlass.const_expr(c.chunk * PITCH)
+        sActScales = storage.act_scales.get_tensor(cute.make_layout((t.tokens, t.epilogue_groups)))
+        sPairs = storage.pairs.get_tensor(cute.make_layout((t.tokens, t.epilogue_groups)))
+        half_bytes = cutlass.const_expr(t.chunk * PITCH)
         staged = smem_address(storage.output.data_ptr()) + group * (2 * half_bytes)
 
         load, tSums, values = self.accumulator_load(tCtSums, inside)
-        acc = [cute.make_rmem_tensor(values.shape, Float32) for _ in range(c.panels if self.activated else 1)]
+        acc = [cute.make_rmem_tensor(values.shape, Float32) for _ in range(t.panels if self.activated else 1)]
 
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, c.accumulator_stages)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, t.accumulator_stages)
         half = Int32(0)
         expert, first_slot, slots, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
         for unit in cutlass.range(first, units, step, unroll=1):
             following = cutlass.min(unit + step, units - 1)
             next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
             self.meet(group)  # the previous tile's scales and pairs have been read
-            for slot in cutlass.range(inside, c.tokens, 128, unroll=1):
+            for slot in cutlass.range(inside, t.tokens, 128, unroll=1):
                 if slot < slots:
                     at = by_slot * (first_slot + slot) + by_expert * expert
                     sActScales[slot, group] = mActScale[at]
@@ -661,12 +659,12 @@ class ExpertsKernel:
                     sActScales[slot, group] = Float32(0.0)
             factors = []
             rows = []
-            for p in cutlass.range_constexpr(c.panels):
+            for p in cutlass.range_constexpr(t.panels):
                 if cutlass.const_expr(self.activated):
-                    tile_row = (unit % row_tiles * c.ctas + member) * ROWS
+                    tile_row = (unit % row_tiles * t.ctas_per_mma + member) * ROWS
                     n = cutlass.min(tile_row + inside, results - 1) + p * results
                 else:
-                    tile_row = ((unit % row_tiles * c.panels + p) * c.ctas + member) * ROWS
+                    tile_row = ((unit % row_tiles * t.panels + p) * t.ctas_per_mma + member) * ROWS
                     n = cutlass.min(tile_row + inside, results - 1)
                 rows.append(tile_row)
                 factors.append(mRowScale[expert, n])
@@ -676,23 +674,23 @@ class ExpertsKernel:
             self.meet(group)
             sums.consumer_wait(state)
             fence_after_wait()
-            count = cute.ceil_div(slots, c.chunk)
+            count = cute.ceil_div(slots, t.chunk)
             if group >= count:
                 sums.consumer_release(state)
-            for e in cutlass.range(group, count, c.epilogue_groups, unroll=1):
-                chunk_slots = slots - e * c.chunk
-                for turn in cutlass.range_constexpr(1 if self.activated else c.panels):
+            for e in cutlass.range(group, count, t.epilogue_groups, unroll=1):
+                chunk_slots = slots - e * t.chunk
+                for turn in cutlass.range_constexpr(1 if self.activated else t.panels):
                     for p in cutlass.range_constexpr(len(acc)):
-                        source = tSums[None, None, None, 0, e, state.index * c.panels + turn + p]
+                        source = tSums[None, None, None, 0, e, state.index * t.panels + turn + p]
                         self.read_sums(load, source, acc[p])
-                    last = cutlass.const_expr(turn + len(acc) == c.panels)
-                    if last and e + c.epilogue_groups >= count:
+                    last = cutlass.const_expr(turn + len(acc) == t.panels)
+                    if last and e + t.epilogue_groups >= count:
                         fence_before_arrive()
                         sums.consumer_release(state)
                     buffer = staged + half * half_bytes
                     half = half ^ 1
-                    for j in cutlass.range_constexpr(c.chunk):
-                        act_scale = sActScales[e * c.chunk + j, group]
+                    for j in cutlass.range_constexpr(t.chunk):
+                        act_scale = sActScales[e * t.chunk + j, group]
                         if cutlass.const_expr(self.activated):
                             gate = acc[0][j] * factors[0] * act_scale
                             up = acc[1][j] * factors[1] * act_scale
@@ -705,7 +703,7 @@ class ExpertsKernel:
                         self.store_rounded(
                             buffer,
                             inside,
-                            first_slot + e * c.chunk,
+                            first_slot + e * t.chunk,
                             chunk_slots,
                             rows[0],
                             out_scale,
@@ -714,11 +712,11 @@ class ExpertsKernel:
                         )
                     elif cutlass.const_expr(self.activated):
                         self.store_rows(
-                            buffer, inside, first_slot + e * c.chunk, chunk_slots, rows[0], mOut, None
+                            buffer, inside, first_slot + e * t.chunk, chunk_slots, rows[0], mOut, None
                         )
                     else:
                         self.store_rows(
-                            buffer, inside, e * c.chunk, chunk_slots, rows[turn], mOut, sPairs[None, group]
+                            buffer, inside, e * t.chunk, chunk_slots, rows[turn], mOut, sPairs[None, group]
                         )
             state.advance()
             expert, first_slot, slots, _ = next_entry
@@ -737,7 +735,7 @@ class ExpertsKernel:
         """A chunk's 128 columns, 16 bytes a thread; rows are slots from `first_slot` on, or their pairs."""
         lines = cutlass.const_expr(128 // (ROWS * 2 // 16))  # slots at a time
         n = column + inside % 16 * 8
-        for i in cutlass.range_constexpr(self.config.chunk // lines):
+        for i in cutlass.range_constexpr(self.tile.chunk // lines):
             slot = inside // 16 + i * lines
             if slot < slots and n < mOut.shape[1]:
                 words = load_words(buffer + slot * PITCH + inside % 16 * 16, 4)
@@ -764,10 +762,10 @@ class ExpertsKernel:
         mOutScales: cute.Tensor,
     ):
         """A chunk's slots in NVFP4: a thread rounds a group of 16 at a time, four threads have an atom's scales."""
-        c = self.config
+        t = self.tile
         lines = cutlass.const_expr(128 // (ROWS // GROUP_SIZE))  # slots at a time
         part = inside % 8
-        for i in cutlass.range_constexpr(c.chunk // lines):
+        for i in cutlass.range_constexpr(t.chunk // lines):
             slot = inside // 8 + i * lines
             address = buffer + slot * PITCH + part * 32
             words = cute.make_rmem_tensor(8, Uint32)
@@ -794,7 +792,7 @@ class ExpertsKernel:
                     cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(2)))
                 if part % 4 == 0 and n // 64 < mOutScales.shape[1]:
                     target = mOutScales.iterator + scale_offset(
-                        row, n // GROUP_SIZE, c.tokens, mOutScales.shape[1]
+                        row, n // GROUP_SIZE, t.tokens, mOutScales.shape[1]
                     )
                     target = cute.recast_ptr(target.align(4), dtype=Uint32)
                     cute.make_tensor(target, cute.make_layout(1))[0] = scales
@@ -802,7 +800,7 @@ class ExpertsKernel:
     @cute.jit
     def meet(self, group: Int32):
         """A barrier of one group of four warps; a computed barrier number would reserve all 16."""
-        if cutlass.const_expr(self.config.epilogue_groups == 1):
+        if cutlass.const_expr(self.tile.epilogue_groups == 1):
             cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
         else:
             if group == 0:

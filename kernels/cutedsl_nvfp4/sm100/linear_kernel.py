@@ -54,14 +54,14 @@ from ..device.ptx import smem_address
 from ..device.views import partition_loads
 from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive
-from .tiles import ATOM_BYTES, ROWS, STEP_K, LinearTile
+from .tiles import ATOM_BYTES, ROWS, TILE_K, LinearTile
 from .views import ATOM_WORDS, codes_view, scales_view
 
 EPILOGUE_WARPS = 4
 MMA_WARP = 4
 PRODUCER_WARP = 5
 THREADS = 192
-BLOCKS = STEP_K // 64  # MMAs, and scale atoms along K, of a stage
+BLOCKS = TILE_K // 64  # MMAs, and scale atoms along K, of a stage
 LANE = 1 << 16  # from one lane of tensor memory to the next, in its addresses
 
 
@@ -71,7 +71,7 @@ class LinearKernel:
     def __init__(self, tile: LinearTile):
         tile.check()
         self.tile = tile
-        self.cta_group = tcgen05.CtaGroup.TWO if tile.pair else tcgen05.CtaGroup.ONE
+        self.cta_group = tcgen05.CtaGroup.TWO if tile.ctas_per_mma == 2 else tcgen05.CtaGroup.ONE
 
     def layouts(self) -> dict:
         """What the kernel takes its addresses from: the MMA, shared and tensor memory of one CTA.
@@ -81,7 +81,7 @@ class LinearKernel:
         """
         t = self.tile
         k_major = OperandMajorMode.K
-        shape = (t.rows, t.tokens, STEP_K)
+        shape = (t.rows, t.tokens, TILE_K)
         mma = blackwell.make_blockscaled_trivial_tiled_mma(
             Float4E2M1FN, Float4E2M1FN, k_major, k_major, Float8E4M3FN, GROUP_SIZE, self.cta_group, shape[:2]
         )
@@ -128,10 +128,10 @@ class LinearKernel:
         mma = layouts["mma"]
         k = mCodes.shape[1] * 2
         group_rows = mCodes.shape[0] // groups
-        shape = (t.rows, t.tokens, STEP_K)
+        shape = (t.rows, t.tokens, TILE_K)
         load = cpasync.CopyBulkTensorTileG2SOp(self.cta_group)
         one = (None, None, None, 0)
-        cluster_shape = cute.tiled_divide(cute.make_layout((t.ctas, 1, 1)), (mma.thr_id.shape,)).shape
+        cluster_shape = cute.tiled_divide(cute.make_layout((t.ctas_per_mma, 1, 1)), (mma.thr_id.shape,)).shape
         weight_atom, tWeights = cute.nvgpu.make_tiled_tma_atom_A(
             load,
             codes_view(mCodes, group_rows, k, groups, False),
@@ -188,7 +188,7 @@ class LinearKernel:
         tiles = token_tiles * row_tiles
         ctas = tiles * t.cluster
         if cutlass.const_expr(t.split_k == 1):
-            ctas = cutlass.min(tiles, cutlass.max(max_ctas // t.ctas, 1)) * t.ctas
+            ctas = cutlass.min(tiles, cutlass.max(max_ctas // t.ctas_per_mma, 1)) * t.ctas_per_mma
         self.kernel(
             mma,
             weight_atom,
@@ -252,7 +252,7 @@ class LinearKernel:
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         rank = bid % t.cluster
-        member = rank if t.pair else 0  # of the pair
+        member = rank if t.ctas_per_mma == 2 else 0  # of the pair
         part = rank if t.split_k > 1 else 0  # of K
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
@@ -269,18 +269,18 @@ class LinearKernel:
                     cute.arch.mbarrier_init(empty + stage, 1)
                 for buffer in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_init(done + buffer, 1)
-                    cute.arch.mbarrier_init(free + buffer, EPILOGUE_WARPS * t.ctas)
+                    cute.arch.mbarrier_init(free + buffer, EPILOGUE_WARPS * t.ctas_per_mma)
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(t.cluster > 1):  # before a pair allocates together
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         if warp == 0:
-            cute.arch.alloc_tmem(t.tensor_memory, storage.tensor_memory.ptr, is_two_cta=t.pair)
-            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=t.pair)
+            cute.arch.alloc_tmem(t.tensor_memory, storage.tensor_memory.ptr, is_two_cta=t.ctas_per_mma == 2)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=t.ctas_per_mma == 2)
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_launch_dependents()
 
-        steps = cute.ceil_div(tWeights.shape[1], STEP_K)
+        steps = cute.ceil_div(tWeights.shape[1], TILE_K)
         first = part * steps // t.split_k
         count = (part + 1) * steps // t.split_k - first
         tiles = token_tiles * row_tiles
@@ -290,8 +290,8 @@ class LinearKernel:
 
         if warp == PRODUCER_WARP:
             thr_mma = mma.get_slice(member)
-            gWeights = cute.local_tile(tWeights, (t.rows, STEP_K), (None, None, None))
-            gTokens = cute.local_tile(tTokens, (t.tokens, STEP_K), (None, None, None))
+            gWeights = cute.local_tile(tWeights, (t.rows, TILE_K), (None, None, None))
+            gTokens = cute.local_tile(tTokens, (t.tokens, TILE_K), (None, None, None))
             gWeightScales = cute.local_tile(tWeightScales, (ATOM_WORDS, BLOCKS, 1), (0, None, None, None))
             gTokenScales = cute.local_tile(
                 tTokenScales, (ATOM_WORDS, BLOCKS, t.scale_atoms), (0, None, None, None)
@@ -323,7 +323,7 @@ class LinearKernel:
                     )
                     cute.copy(
                         weight_scale_atom,
-                        tWSg[None, at, inside * t.ctas + member, group],
+                        tWSg[None, at, inside * t.ctas_per_mma + member, group],
                         tWSs[None, stage],
                         tma_bar_ptr=full + stage,
                     )
@@ -361,7 +361,7 @@ class LinearKernel:
                     )
                     cute.copy(
                         weight_scale_atom,
-                        tWSg[None, at, inside * t.ctas + member, group],
+                        tWSg[None, at, inside * t.ctas_per_mma + member, group],
                         tWSs[None, stage],
                         tma_bar_ptr=full + stage,
                     )
@@ -413,7 +413,7 @@ class LinearKernel:
                 )  # fmt: skip
             if warp == 0:
                 pointer = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tensor_memory.ptr)
-                cute.arch.dealloc_tmem(pointer, t.tensor_memory, is_two_cta=t.pair)
+                cute.arch.dealloc_tmem(pointer, t.tensor_memory, is_two_cta=t.ctas_per_mma == 2)
 
     @cute.jit
     def coordinates(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
@@ -429,13 +429,13 @@ class LinearKernel:
         t = self.tile
         if member == 0:
             with cute.arch.elect_one():
-                cute.arch.mbarrier_arrive_and_expect_tx(barrier, t.stage_bytes * t.ctas)
+                cute.arch.mbarrier_arrive_and_expect_tx(barrier, t.stage_bytes * t.ctas_per_mma)
 
     @cute.jit
     def commit(self, barrier: cute.Pointer):
         """Arrive, at both CTAs of a pair, when the MMAs issued so far are done."""
         with cute.arch.elect_one():
-            if cutlass.const_expr(self.tile.pair):
+            if cutlass.const_expr(self.tile.ctas_per_mma == 2):
                 tcgen05.commit(barrier, 0b11, self.cta_group)
             else:
                 tcgen05.commit(barrier, None, self.cta_group)
@@ -594,7 +594,7 @@ class LinearKernel:
                 if cutlass.const_expr(i + 1 == shared):
                     fence_before_arrive()
                     with cute.arch.elect_one():
-                        if cutlass.const_expr(t.pair):
+                        if cutlass.const_expr(t.ctas_per_mma == 2):
                             cute.arch.mbarrier_arrive(free + buffer, 0)
                         else:
                             cute.arch.mbarrier_arrive(free + buffer)

@@ -1,39 +1,17 @@
-"""Compile one sm_120a or sm_121a kernel; needs no GPU."""
+"""Compile one kernel's products for sm_120a or sm_121a; needs no GPU."""
 
 from collections.abc import Callable
 
 import cutlass
-import cutlass.cute as cute
 import torch
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
+from ..blackwell.compile import F32, I32, U8, codes, scales
+from ..blackwell.variants import Result
 from ..compiled import compile_kernel
-from ..sm100.experts_kernel import Result
+from ..device.fake_operands import CUTE_TYPE, integers, sizes, stream, tensor, vector
 from .experts_kernel import ExpertsKernel
 from .linear_kernel import LinearKernel
 from .tiles import LinearTile
-
-_CUTE_TYPE = {torch.bfloat16: cutlass.BFloat16, torch.float32: cutlass.Float32}
-
-
-def _codes(rows: int, *batch: int):
-    """uint8 [..., rows, K / 2] in pieces that TMA can address."""
-    shape = (*batch, rows, cute.sym_int(divisibility=16))
-    return make_fake_compact_tensor(
-        cutlass.Uint8, shape, stride_order=tuple(reversed(range(len(shape)))), assumed_align=16
-    )
-
-
-def _scales(*tiles: int):
-    """uint8 [..., KB, 32, 16]"""
-    shape = (*tiles, 32, 16)
-    return make_fake_compact_tensor(
-        cutlass.Uint8, shape, stride_order=tuple(reversed(range(len(shape)))), assumed_align=16
-    )
-
-
-def _vector(element, length):
-    return make_fake_compact_tensor(element, (length,), assumed_align=4)
 
 
 def compile_linear(
@@ -46,57 +24,46 @@ def compile_linear(
 ) -> Callable:
     """Compile one tile's kernel for `arch`.
 
-    The result is called as f(x codes, x scales, act scale, codes, scales, row scale, bias, out, act stride, groups,
-    token tiles per group, most CTAs). Without a bias any f32 [N] tensor stands in for it.
+    The result is called as f(x codes, x block scales, act scale, codes, block scales, row scale, bias, out, stride of
+    act scale, groups, token tiles per group, maximum CTAs). Without a bias any f32 [N] tensor stands in for it.
     """
-    m, n = cute.sym_int(), cute.sym_int()
-    k_blocks = cute.sym_int()
-    out = make_fake_compact_tensor(_CUTE_TYPE[out_dtype], (m, n), stride_order=(1, 0), assumed_align=16)
+    m, n, k_blocks, token_tiles, x_k_blocks, scale_count, row_tiles = sizes(7)
     arguments = (
-        _codes(m),
-        _scales(cute.sym_int(), cute.sym_int()),
-        _vector(cutlass.Float32, cute.sym_int()),
-        _codes(n),
-        _scales(cute.sym_int(), k_blocks),
-        _vector(cutlass.Float32, n),
-        _vector(cutlass.Float32, n),
-        out,
-        *(cutlass.Int32(1),) * 4,
-        make_fake_stream(use_tvm_ffi_env_stream=True),
+        codes(m),
+        scales(token_tiles, x_k_blocks),
+        vector(F32, scale_count),
+        codes(n),
+        scales(row_tiles, k_blocks),
+        vector(F32, n),
+        vector(F32, n),
+        tensor(CUTE_TYPE[out_dtype], m, n),
+        *integers(4),
+        stream(),
     )
     return compile_kernel(LinearKernel(tile, has_bias, aligned_rows), *arguments, arch=arch, options=options)
 
 
 def compile_product(tile: LinearTile, result: str, arch: str, options: str = "") -> Callable:
     """Compile one product of an experts layer; called as `ExpertsKernel.__call__` without the stream."""
-    experts, n, k_blocks, slots, tiles, pairs = (cute.sym_int() for _ in range(6))
+    experts, n, k_blocks, slots, tiles, pairs = sizes(6)
+    row_tiles, x_k_blocks, scale_count, entries, pair_count, out_tiles, out_k_blocks, out_scales = sizes(8)
     rounded = Result(result) is Result.NVFP4
-    columns = cute.sym_int(divisibility=16 if rounded else 8)
-    out = make_fake_compact_tensor(
-        cutlass.Uint8 if rounded else cutlass.BFloat16,
-        (pairs, columns),
-        stride_order=(1, 0),
-        assumed_align=16,
-    )
-    row_scale = make_fake_compact_tensor(cutlass.Float32, (experts, n), stride_order=(1, 0), assumed_align=4)
-    table = make_fake_compact_tensor(
-        cutlass.Int32, (cute.sym_int(), 4), stride_order=(1, 0), assumed_align=16
-    )
+    (columns,) = sizes(1, divisibility=16 if rounded else 8)
     arguments = (
-        _codes(n, experts),
-        _scales(experts, cute.sym_int(), k_blocks),
-        row_scale,
-        _codes(slots),
-        _scales(tiles, cute.sym_int()),
-        _vector(cutlass.Float32, cute.sym_int()),
-        table,
-        _vector(cutlass.Int32, cute.sym_int()),
-        out,
-        _scales(cute.sym_int(), cute.sym_int()),
-        _vector(cutlass.Float32, cute.sym_int()),
-        *(cutlass.Int32(1),) * 3,
-        cutlass.Float32(1),
-        cutlass.Int32(1),
-        make_fake_stream(use_tvm_ffi_env_stream=True),
+        codes(experts, n),
+        scales(experts, row_tiles, k_blocks),
+        tensor(F32, experts, n, align=4),
+        codes(slots),
+        scales(tiles, x_k_blocks),
+        vector(F32, scale_count),
+        tensor(I32, entries, 4),
+        vector(I32, pair_count),
+        tensor(U8 if rounded else cutlass.BFloat16, pairs, columns),
+        scales(out_tiles, out_k_blocks),
+        vector(F32, out_scales),
+        *integers(3),
+        F32(1),
+        *integers(1),
+        stream(),
     )
     return compile_kernel(ExpertsKernel(tile, result), *arguments, arch=arch, options=options)

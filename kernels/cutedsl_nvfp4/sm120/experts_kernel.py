@@ -23,11 +23,11 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..blackwell.ptx import decode_e4m3, encode_e4m3
 from ..blackwell.rounding import divide, scale_offset
+from ..blackwell.variants import Result
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, settle
 from ..device.views import partition_loads
 from ..format import E2M1_MAX
-from ..sm100.experts_kernel import Result
 from .lanes import bf16_piece, shuffle, transpose_bytes
 from .linear_kernel import SCALE_TILE_BYTES, store_piece
 from .mainloop import SCALE_LINE, Mainloop, empty_sums, layouts, stage_layouts
@@ -66,30 +66,30 @@ class ExpertsKernel(Mainloop):
         max_ctas: Int32,
         stream,
     ):
-        c = self.tile
-        boxes = stage_layouts(c)
+        t = self.tile
+        boxes = stage_layouts(t)
         load = cpasync.CopyBulkTensorTileG2SOp()
-        x_atom, tX = cpasync.make_tiled_tma_atom(load, mX, boxes["token_codes"], (c.tokens, c.row_bytes))
+        x_atom, tX = cpasync.make_tiled_tma_atom(load, mX, boxes["token_codes"], (t.tokens, t.row_bytes))
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, panel_rows(mCodes, c.panels), boxes["row_codes"], (c.panel_rows, c.row_bytes)
+            load, panel_rows(mCodes, t.panels), boxes["row_codes"], (t.panel_rows, t.row_bytes)
         )
         x_scale_atom, tXScales = cpasync.make_tiled_tma_atom(
             load,
             tiles_view(mXScales),
             boxes["token_scales"],
-            (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1),
+            (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
             load,
-            panel_tiles(mScales, c.panels),
+            panel_tiles(mScales, t.panels),
             boxes["row_scales"],
-            (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles // c.panels),
+            (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles // t.panels),
         )
         self.shared = self.shared_storage()
-        rows = mCodes.shape[1] // c.panels
+        rows = mCodes.shape[1] // t.panels
         if cutlass.const_expr(self.result is Result.NVFP4):
             rows = mOutScales.shape[1] * 64  # up to the end of the last scale word: the rest is zero
-        row_tiles = cute.ceil_div(rows, c.panel_rows)
+        row_tiles = cute.ceil_div(rows, t.panel_rows)
         self.kernel(
             x_atom,
             tX,
@@ -111,10 +111,10 @@ class ExpertsKernel(Mainloop):
             out_by_expert,
             limit,
             row_tiles,
-            cute.ceil_div(mScales.shape[2], c.k_blocks),
+            cute.ceil_div(mScales.shape[2], t.k_blocks),
         ).launch(
             grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
-            block=(c.threads, 1, 1),
+            block=(t.threads, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
@@ -145,7 +145,7 @@ class ExpertsKernel(Mainloop):
         row_tiles: Int32,
         count: Int32,
     ):
-        c = self.tile
+        t = self.tile
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -153,16 +153,16 @@ class ExpertsKernel(Mainloop):
         ctas, _, _ = cute.arch.grid_dim()
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        if warp == c.warps:
+        if warp == t.warps:
             self.prefetch((x_atom, x_scale_atom, code_atom, scale_atom))
         self.init_barriers(storage, warp)
         # The table is the routing's, which had finished before the kernel before this one could let it start.
         table = mTable.iterator.toint()
 
-        if warp >= c.warps:
+        if warp >= t.warps:
             self.give_registers()
-            if warp == c.warps:
-                shared = layouts(c)
+            if warp == t.warps:
+                shared = layouts(t)
                 sX = storage.token_codes.get_tensor(
                     shared["token_codes"].outer, swizzle=shared["token_codes"].inner
                 )
@@ -171,14 +171,14 @@ class ExpertsKernel(Mainloop):
                 )
                 sXScales = storage.token_scales.get_tensor(shared["token_scales"])
                 sScales = storage.row_scales.get_tensor(shared["row_scales"])
-                gX = cute.local_tile(tX, (c.tokens, c.row_bytes), (None, None))
-                gCodes = cute.local_tile(tCodes, (c.panel_rows, c.row_bytes), (None, None, None))
+                gX = cute.local_tile(tX, (t.tokens, t.row_bytes), (None, None))
+                gCodes = cute.local_tile(tCodes, (t.panel_rows, t.row_bytes), (None, None, None))
                 gXScales = cute.local_tile(
-                    tXScales, (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1), (0, 0, None, None)
+                    tXScales, (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1), (0, 0, None, None)
                 )
                 gScales = cute.local_tile(
                     tScales,
-                    (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles // c.panels),
+                    (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles // t.panels),
                     (0, 0, None, None, None),
                 )
                 tXs, tXg = partition_loads(x_atom, sX, gX, 2)
@@ -191,11 +191,11 @@ class ExpertsKernel(Mainloop):
                 # Of the first unit, weights first; tokens once the previous kernel's results are visible.
                 early = Int32(0)
                 if bid < units:
-                    early = cutlass.min(count, c.stages)
+                    early = cutlass.min(count, t.stages)
                     expert, _, _, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
                     for stage in cutlass.range(early, unroll=1):
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                         self.load_rows(
                             code_atom, tCg, tCs, scale_atom, tSg, tSs,
                             bid % row_tiles, expert, stage, full + stage, stage,
@@ -210,7 +210,7 @@ class ExpertsKernel(Mainloop):
                         if early <= 0:
                             cute.arch.mbarrier_wait(empty + stage, phase)
                             with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                             self.load_rows(
                                 code_atom, tCg, tCs, scale_atom, tSg, tSs,
                                 unit % row_tiles, expert, step, full + stage, stage,
@@ -222,19 +222,19 @@ class ExpertsKernel(Mainloop):
                             x_scale_atom, tXSg[None, step, tile], tXSs[None, stage], tma_bar_ptr=barrier
                         )
                         stage += 1
-                        if stage == c.stages:
+                        if stage == t.stages:
                             stage = Int32(0)
                             phase = phase ^ 1
         else:
             self.take_registers()
             token_codes, row_codes = self.operand_addresses(storage, warp, lane)
-            acc = empty_sums(c)
+            acc = empty_sums(t)
             stage = Int32(0)
             phase = Int32(0)
             tiles, _, _, _ = load_coherent(table)
             units = cute.arch.make_warp_uniform(tiles * row_tiles)
             for unit in cutlass.range(bid, units, ctas, unroll=1):
-                first_row = unit % row_tiles * c.panel_rows
+                first_row = unit % row_tiles * t.panel_rows
                 stage, phase = self.accumulate(
                     acc,
                     count,
@@ -248,13 +248,13 @@ class ExpertsKernel(Mainloop):
                     self.token_scale_address(storage, warp, lane, Int32(0)),
                     self.row_scale_address(storage, warp, lane, first_row),
                 )
-                if cutlass.const_expr(c.k_warps > 1):
+                if cutlass.const_expr(t.k_warps > 1):
                     self.add_partials(acc, storage, warp, lane)
-                if warp < c.token_warps * c.row_warps:
+                if warp < t.token_warps * t.row_warps:
                     cute.arch.griddepcontrol_wait()  # the slots' scales are the previous kernel's
                     # computed again, so that it takes no registers in the main loop
                     token_warp, row_warp = self.warp_place(Int32(settle(Uint32(warp))))
-                    first_token = token_warp * c.warp_tokens
+                    first_token = token_warp * t.warp_tokens
                     entry = load_coherent(table + Int64(unit // row_tiles + 1) * 16)
                     place = (entry[0], entry[1] + first_token, entry[2] - first_token)
                     row = first_row + self.row_band(row_warp, 0)
@@ -291,28 +291,28 @@ class ExpertsKernel(Mainloop):
         stage: Int32,
     ):
         """Weight codes and scales of one stage."""
-        c = self.tile
+        t = self.tile
         scale_tile = row_tile
-        if cutlass.const_expr(c.panel_rows < SCALE_TILE_ROWS):
-            scale_tile = row_tile * c.panel_rows // SCALE_TILE_ROWS
-        for panel in cutlass.range_constexpr(c.panels):
-            matrix, part = expert * c.panels + panel, stage * c.panels + panel
+        if cutlass.const_expr(t.panel_rows < SCALE_TILE_ROWS):
+            scale_tile = row_tile * t.panel_rows // SCALE_TILE_ROWS
+        for panel in cutlass.range_constexpr(t.panels):
+            matrix, part = expert * t.panels + panel, stage * t.panels + panel
             cute.copy(code_atom, tCg[None, row_tile, step, matrix], tCs[None, part], tma_bar_ptr=barrier)
             cute.copy(scale_atom, tSg[None, step, scale_tile, matrix], tSs[None, part], tma_bar_ptr=barrier)
 
     @cute.jit
     def row_scales(self, mRowScale: cute.Tensor, expert: Int32, first_row: Int32, lane: Int32):
         """Scales of a lane's rows: [2, row MMAs]; zero beyond the last row."""
-        c = self.tile
-        rows = mRowScale.shape[1] // c.panels
-        factors = cute.make_rmem_tensor((2, c.warp_rows // 8), Float32)
-        for mma in cutlass.range_constexpr(c.warp_rows // 8):
+        t = self.tile
+        rows = mRowScale.shape[1] // t.panels
+        factors = cute.make_rmem_tensor((2, t.warp_rows // 8), Float32)
+        for mma in cutlass.range_constexpr(t.warp_rows // 8):
             for i in cutlass.range_constexpr(2):
-                inside = mma * 8 if c.panels == 1 else mma % 4 * 8
+                inside = mma * 8 if t.panels == 1 else mma % 4 * 8
                 row = first_row + inside + lane % 4 * 2 + i
                 factors[i, mma] = Float32(0.0)
                 if row < rows:
-                    if cutlass.const_expr(c.panels == 2):
+                    if cutlass.const_expr(t.panels == 2):
                         row += mma // 4 * rows
                     factors[i, mma] = mRowScale[expert, row]
         return factors
@@ -329,11 +329,11 @@ class ExpertsKernel(Mainloop):
         mOut: cute.Tensor,
     ):
         """w2: a warp's sums, scaled, to the rows of their pairs."""
-        c = self.tile
+        t = self.tile
         expert, first_slot, slots = place
         mRowScale, mActScale, by_slot, by_expert = scales
         factors = self.row_scales(mRowScale, expert, first_row, lane)
-        for token in cutlass.range_constexpr(c.warp_tokens // 16):
+        for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 slot = token * 16 + h * 8 + lane // 4
                 pair = Int32(0)
@@ -341,7 +341,7 @@ class ExpertsKernel(Mainloop):
                 if slot < slots:
                     pair = mPairs[first_slot + slot]
                     act_scale = mActScale[by_slot * (first_slot + slot) + by_expert * expert]
-                for band in cutlass.range_constexpr(c.warp_rows // BAND):
+                for band in cutlass.range_constexpr(t.warp_rows // BAND):
                     values = tuple(
                         acc[2 * h + v % 2, band * 4 + v // 2, token]
                         * factors[v % 2, band * 4 + v // 2]
@@ -366,14 +366,14 @@ class ExpertsKernel(Mainloop):
         limit: Float32,
     ):
         """w13: SwiGLU of a warp's 32 gate and 32 up rows, to the slots' h."""
-        c = self.tile
+        t = self.tile
         expert, first_slot, slots = place
         mRowScale, mActScale, by_slot, by_expert = scales
         factors = self.row_scales(mRowScale, expert, first_row, lane)
         out_scale = Float32(1.0)
         if cutlass.const_expr(self.result is Result.NVFP4):
             out_scale = mOutActScale[out_by_expert * expert]
-        for token in cutlass.range_constexpr(c.warp_tokens // 16):
+        for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 slot = token * 16 + h * 8 + lane // 4
                 act_scale = Float32(0.0)

@@ -63,34 +63,34 @@ class LinearKernel(Mainloop):
         max_ctas: Int32,
         stream,
     ):
-        c = self.tile
-        boxes = stage_layouts(c)
+        t = self.tile
+        boxes = stage_layouts(t)
         k_blocks = mScales.shape[1]
         load = cpasync.CopyBulkTensorTileG2SOp()
         x_atom, tX = cpasync.make_tiled_tma_atom(
             load,
             grouped_columns(mX, groups),
             boxes["token_codes"],
-            (c.tokens, c.row_bytes),
+            (t.tokens, t.row_bytes),
         )
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, grouped_rows(mCodes, groups), boxes["row_codes"], (c.rows, c.row_bytes)
+            load, grouped_rows(mCodes, groups), boxes["row_codes"], (t.rows, t.row_bytes)
         )
         x_scale_atom, tXScales = cpasync.make_tiled_tma_atom(
             load,
             grouped_tiles(mXScales, groups),
             boxes["token_scales"],
-            (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1),
+            (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
             load,
             grouped_tiles(mScales, groups),
             boxes["row_scales"],
-            (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles),
+            (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles),
         )
         self.shared = self.shared_storage()
-        token_tiles = cute.ceil_div(mX.shape[0], c.tokens)
-        row_tiles = cute.ceil_div(mCodes.shape[0] // groups, c.rows)
+        token_tiles = cute.ceil_div(mX.shape[0], t.tokens)
+        row_tiles = cute.ceil_div(mCodes.shape[0] // groups, t.rows)
         self.kernel(
             x_atom,
             tX,
@@ -109,10 +109,10 @@ class LinearKernel(Mainloop):
             token_group,
             token_tiles,
             row_tiles,
-            cute.ceil_div(k_blocks, c.k_blocks),
+            cute.ceil_div(k_blocks, t.k_blocks),
         ).launch(
             grid=(cutlass.min(token_tiles * row_tiles * groups, max_ctas), 1, 1),
-            block=(c.threads, 1, 1),
+            block=(t.threads, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
@@ -140,7 +140,7 @@ class LinearKernel(Mainloop):
         row_tiles: Int32,
         count: Int32,
     ):
-        c = self.tile
+        t = self.tile
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -148,15 +148,15 @@ class LinearKernel(Mainloop):
         ctas, _, _ = cute.arch.grid_dim()
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        if warp == c.warps:
+        if warp == t.warps:
             self.prefetch((x_atom, x_scale_atom, code_atom, scale_atom))
         self.init_barriers(storage, warp)
         tiles = token_tiles * row_tiles * groups
 
-        if warp >= c.warps:
+        if warp >= t.warps:
             self.give_registers()
-            if warp == c.warps:
-                shared = layouts(c)
+            if warp == t.warps:
+                shared = layouts(t)
                 sX = storage.token_codes.get_tensor(
                     shared["token_codes"].outer, swizzle=shared["token_codes"].inner
                 )
@@ -165,13 +165,13 @@ class LinearKernel(Mainloop):
                 )
                 sXScales = storage.token_scales.get_tensor(shared["token_scales"])
                 sScales = storage.row_scales.get_tensor(shared["row_scales"])
-                gX = cute.local_tile(tX, (c.tokens, c.row_bytes), (None, None, None))
-                gCodes = cute.local_tile(tCodes, (c.rows, c.row_bytes), (None, None, None))
+                gX = cute.local_tile(tX, (t.tokens, t.row_bytes), (None, None, None))
+                gCodes = cute.local_tile(tCodes, (t.rows, t.row_bytes), (None, None, None))
                 gXScales = cute.local_tile(
-                    tXScales, (SCALE_LINE, c.token_scale_rows, c.k_blocks, 1), (0, None, None, None, None)
+                    tXScales, (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1), (0, None, None, None, None)
                 )
                 gScales = cute.local_tile(
-                    tScales, (SCALE_LINE, BAND, c.k_blocks, c.row_scale_tiles), (0, 0, None, None, None)
+                    tScales, (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles), (0, 0, None, None, None)
                 )
                 tXs, tXg = partition_loads(x_atom, sX, gX, 2)
                 tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
@@ -179,13 +179,13 @@ class LinearKernel(Mainloop):
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 4)
 
                 # Of the first tile, weights first; what was quantized once the previous kernel's results are visible.
-                early = cutlass.min(count, c.stages)
+                early = cutlass.min(count, t.stages)
                 if bid >= tiles:
                     early = Int32(0)
                 token_tile, group, row_tile = self.place(bid, token_group, token_tiles, row_tiles, groups)
                 for stage in cutlass.range(early, unroll=1):
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                     self.load_rows(
                         code_atom, tCg, tCs, scale_atom, tSg, tSs, row_tile, group, stage, full + stage, stage
                     )
@@ -200,7 +200,7 @@ class LinearKernel(Mainloop):
                         if early <= 0:
                             cute.arch.mbarrier_wait(empty + stage, phase)
                             with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                             self.load_rows(
                                 code_atom,
                                 tCg,
@@ -229,13 +229,13 @@ class LinearKernel(Mainloop):
                             stage,
                         )
                         stage += 1
-                        if stage == c.stages:
+                        if stage == t.stages:
                             stage = Int32(0)
                             phase = phase ^ 1
         else:
             self.take_registers()
             token_codes, row_codes = self.operand_addresses(storage, warp, lane)
-            acc = empty_sums(c)
+            acc = empty_sums(t)
             stage = Int32(0)
             phase = Int32(0)
             for tile in cutlass.range(cute.arch.make_warp_uniform(bid), tiles, ctas, unroll=1):
@@ -250,12 +250,12 @@ class LinearKernel(Mainloop):
                     empty,
                     token_codes,
                     row_codes,
-                    self.token_scale_address(storage, warp, lane, token_tile * c.tokens),
-                    self.row_scale_address(storage, warp, lane, row_tile * c.rows),
+                    self.token_scale_address(storage, warp, lane, token_tile * t.tokens),
+                    self.row_scale_address(storage, warp, lane, row_tile * t.rows),
                 )
-                if cutlass.const_expr(c.k_warps > 1):
+                if cutlass.const_expr(t.k_warps > 1):
                     self.add_partials(acc, storage, warp, lane)
-                if warp < c.token_warps * c.row_warps:
+                if warp < t.token_warps * t.row_warps:
                     cute.arch.griddepcontrol_wait()  # act_scale is the previous kernel's
                     # computed again, so that it takes no registers in the main loop
                     warp_again, group_again, row_again = (
@@ -267,8 +267,8 @@ class LinearKernel(Mainloop):
                     token_warp, row_warp = self.warp_place(warp_again)
                     self.store_tile(
                         acc,
-                        token_tile * c.tokens + token_warp * c.warp_tokens,
-                        row_tile * c.rows + self.row_band(row_warp, 0),
+                        token_tile * t.tokens + token_warp * t.warp_tokens,
+                        row_tile * t.rows + self.row_band(row_warp, 0),
                         group,
                         lane,
                         mActScale,
@@ -305,10 +305,10 @@ class LinearKernel(Mainloop):
         stage: Int32,
     ):
         """Weight codes and scales of one stage."""
-        c = self.tile
+        t = self.tile
         scale_tile = row_tile
-        if cutlass.const_expr(c.rows < SCALE_TILE_ROWS):
-            scale_tile = row_tile * c.rows // SCALE_TILE_ROWS
+        if cutlass.const_expr(t.rows < SCALE_TILE_ROWS):
+            scale_tile = row_tile * t.rows // SCALE_TILE_ROWS
         cute.copy(code_atom, tCg[None, row_tile, step, group], tCs[None, stage], tma_bar_ptr=barrier)
         cute.copy(scale_atom, tSg[None, step, scale_tile, group], tSs[None, stage], tma_bar_ptr=barrier)
 
@@ -328,9 +328,9 @@ class LinearKernel(Mainloop):
         stage: Int32,
     ):
         """Activation codes and scales of one stage."""
-        c = self.tile
-        first = token_tile * c.tokens
-        line = first % BAND // c.token_scale_rows
+        t = self.tile
+        first = token_tile * t.tokens
+        line = first % BAND // t.token_scale_rows
         cute.copy(x_atom, tXg[None, token_tile, step, group], tXs[None, stage], tma_bar_ptr=barrier)
         cute.copy(
             x_scale_atom,
@@ -355,10 +355,10 @@ class LinearKernel(Mainloop):
         rows: Int32,
     ):
         """Scale a warp's sums and store them; `first_row` counts from the group's first, of `rows`."""
-        c = self.tile
-        factors = cute.make_rmem_tensor((2, c.warp_rows // 8), Float32)
-        offsets = cute.make_rmem_tensor((2, c.warp_rows // 8), Float32)
-        for mma in cutlass.range_constexpr(c.warp_rows // 8):
+        t = self.tile
+        factors = cute.make_rmem_tensor((2, t.warp_rows // 8), Float32)
+        offsets = cute.make_rmem_tensor((2, t.warp_rows // 8), Float32)
+        for mma in cutlass.range_constexpr(t.warp_rows // 8):
             for i in cutlass.range_constexpr(2):
                 row = first_row + mma * 8 + lane % 4 * 2 + i
                 factors[i, mma] = Float32(0.0)
@@ -367,19 +367,19 @@ class LinearKernel(Mainloop):
                     factors[i, mma] = mRowScale[group * rows + row]
                     if cutlass.const_expr(self.has_bias):
                         offsets[i, mma] = mBias[group * rows + row]
-        for token in cutlass.range_constexpr(c.warp_tokens // 16):
+        for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 m = first_token + token * 16 + h * 8 + lane // 4
                 if m < mOut.shape[0]:
                     act_scale = mActScale[m * act_stride]
-                    for mma in cutlass.range_constexpr(c.warp_rows // 8):
+                    for mma in cutlass.range_constexpr(t.warp_rows // 8):
                         for i in cutlass.range_constexpr(2):
                             value = acc[2 * h + i, mma, token] * factors[i, mma] * act_scale
                             if cutlass.const_expr(self.has_bias):
                                 value = value + offsets[i, mma]
                             acc[2 * h + i, mma, token] = value
                 # lanes of a row exchange values whether the row exists or not
-                for band in cutlass.range_constexpr(c.warp_rows // BAND):
+                for band in cutlass.range_constexpr(t.warp_rows // BAND):
                     values = tuple(acc[2 * h + v % 2, band * 4 + v // 2, token] for v in range(8))
                     store_band(values, m, first_row + band * BAND, group, lane, rows, mOut, self.aligned_rows)
 

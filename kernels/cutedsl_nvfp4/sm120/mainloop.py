@@ -77,31 +77,31 @@ class Mainloop:
 
     def shared_storage(self):
         """The struct of shared memory."""
-        c = self.tile
-        x_size, w_size, x_scale_size, w_scale_size = (cute.cosize(layout) for layout in layouts(c).values())
+        t = self.tile
+        x_size, w_size, x_scale_size, w_scale_size = (cute.cosize(layout) for layout in layouts(t).values())
 
         @cute.struct
         class Shared:
-            full: cute.struct.MemRange[Int64, c.stages]
-            empty: cute.struct.MemRange[Int64, c.stages]
+            full: cute.struct.MemRange[Int64, t.stages]
+            empty: cute.struct.MemRange[Int64, t.stages]
             token_codes: cute.struct.Align[cute.struct.MemRange[Uint8, x_size], 1024]
             row_codes: cute.struct.Align[cute.struct.MemRange[Uint8, w_size], 1024]
             token_scales: cute.struct.Align[cute.struct.MemRange[Uint8, x_scale_size], 128]
             row_scales: cute.struct.Align[cute.struct.MemRange[Uint8, w_scale_size], 128]
-            sums: cute.struct.Align[cute.struct.MemRange[Uint8, max(16, c.partial_bytes)], 16]
+            sums: cute.struct.Align[cute.struct.MemRange[Uint8, max(16, t.partial_bytes)], 16]
 
         return Shared
 
     @cute.jit
     def init_barriers(self, storage, warp: Int32):
         """Every thread calls it; the barriers can be used afterwards."""
-        c = self.tile
+        t = self.tile
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        if warp == c.warps:
+        if warp == t.warps:
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(c.stages):
+                for stage in cutlass.range_constexpr(t.stages):
                     cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, c.warps)
+                    cute.arch.mbarrier_init(empty + stage, t.warps)
             cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
@@ -120,46 +120,46 @@ class Mainloop:
 
         A multiple of 8 rows further on is the same multiple of `row_bytes` further on.
         """
-        c = self.tile
+        t = self.tile
         token_warp, row_warp = self.warp_place(warp)
-        first_block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        first_block = warp // (t.token_warps * t.row_warps) * t.warp_blocks
         row, half = token_lane(lane)
         token_codes = smem_address(storage.token_codes.data_ptr()) + code_offset(
-            c, token_warp * c.warp_tokens + row, first_block * 2 + half
+            t, token_warp * t.warp_tokens + row, first_block * 2 + half
         )
         row, half = row_lane(lane)
         row_codes = smem_address(storage.row_codes.data_ptr()) + code_offset(
-            c, self.row_band(row_warp, 0) + row, first_block * 2 + half
+            t, self.row_band(row_warp, 0) + row, first_block * 2 + half
         )
         return token_codes, row_codes
 
     def token_scale_address(self, storage, warp: Int32, lane: Int32, first_token: Int32) -> Int32:
         """Where a lane finds its scale words of the tokens from `first_token` (of all) on, in stage 0."""
-        c = self.tile
-        block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        t = self.tile
+        block = warp // (t.token_warps * t.row_warps) * t.warp_blocks
         token_warp, _ = self.warp_place(warp)
-        row = token_warp * c.warp_tokens + scale_lane(c.token_scale_rows, lane)
+        row = token_warp * t.warp_tokens + scale_lane(t.token_scale_rows, lane)
         inside = first_token % SCALE_TILE_ROWS + row
         return smem_address(storage.token_scales.data_ptr()) + scale_offset(
-            c.token_scale_rows, c.k_blocks, inside, block
+            t.token_scale_rows, t.k_blocks, inside, block
         )
 
     def row_scale_address(self, storage, warp: Int32, lane: Int32, first_row: Int32) -> Int32:
         """Where a lane finds its scale words of the rows from `first_row` (of all) on, in stage 0."""
-        c = self.tile
+        t = self.tile
         _, row_warp = self.warp_place(warp)
-        block = warp // (c.token_warps * c.row_warps) * c.warp_blocks
+        block = warp // (t.token_warps * t.row_warps) * t.warp_blocks
         inside = first_row % SCALE_TILE_ROWS + self.row_band(row_warp, 0) + scale_lane(BAND, lane)
-        return smem_address(storage.row_scales.data_ptr()) + scale_offset(BAND, c.k_blocks, inside, block)
+        return smem_address(storage.row_scales.data_ptr()) + scale_offset(BAND, t.k_blocks, inside, block)
 
     def make_fragments(self):
         """Registers of two k blocks: token codes, row codes, token scales, row scales."""
-        c = self.tile
+        t = self.tile
         return (
-            cute.make_rmem_tensor((4, c.warp_tokens // 16, 2), Uint32),
-            cute.make_rmem_tensor((2, c.warp_rows // 8, 2), Uint32),
-            cute.make_rmem_tensor((max(1, c.warp_tokens // BAND), 2), Uint32),
-            cute.make_rmem_tensor((c.warp_rows // BAND, 2), Uint32),
+            cute.make_rmem_tensor((4, t.warp_tokens // 16, 2), Uint32),
+            cute.make_rmem_tensor((2, t.warp_rows // 8, 2), Uint32),
+            cute.make_rmem_tensor((max(1, t.warp_tokens // BAND), 2), Uint32),
+            cute.make_rmem_tensor((t.warp_rows // BAND, 2), Uint32),
         )
 
     def load_block(
@@ -174,35 +174,35 @@ class Mainloop:
         row_scales: Int32,
     ):
         """Operands of a warp's k block `block` of a stage -> registers `buffer`."""
-        c = self.tile
+        t = self.tile
         rA, rB, rSA, rSB = fragments
         flip = block * 2 * 16  # chunks of a k block differ from the first one's in these address bits
-        token_address = (token_codes + stage * (c.tokens * c.row_bytes)) ^ flip
-        for mma in range(c.warp_tokens // 16):
-            words = load_matrices(token_address + mma * 16 * c.row_bytes)
+        token_address = (token_codes + stage * (t.tokens * t.row_bytes)) ^ flip
+        for mma in range(t.warp_tokens // 16):
+            words = load_matrices(token_address + mma * 16 * t.row_bytes)
             for i in range(4):
                 rA[i, mma, buffer] = words[i]
-        row_address = (row_codes + stage * (c.rows * c.row_bytes)) ^ flip
-        for band in range(c.warp_rows // BAND):
+        row_address = (row_codes + stage * (t.rows * t.row_bytes)) ^ flip
+        for band in range(t.warp_rows // BAND):
             for pair in range(2):
-                words = load_matrices(row_address + (self.row_band(0, band) + pair * 16) * c.row_bytes)
+                words = load_matrices(row_address + (self.row_band(0, band) + pair * 16) * t.row_bytes)
                 for i in range(4):
                     rB[i % 2, band * 4 + pair * 2 + i // 2, buffer] = words[i]
-        line = block * c.token_scale_rows * SCALE_LINE
-        bands = max(1, c.warp_tokens // BAND)
-        load_scales(rSA, buffer, 0, token_scales + stage * c.token_scale_bytes + line, bands)
+        line = block * t.token_scale_rows * SCALE_LINE
+        bands = max(1, t.warp_tokens // BAND)
+        load_scales(rSA, buffer, 0, token_scales + stage * t.token_scale_bytes + line, bands)
         line = block * BAND * SCALE_LINE
-        bands = c.warp_rows // BAND // c.panels
-        for panel in range(c.panels):
-            address = row_scales + stage * c.row_scale_bytes + line + panel * (c.row_scale_bytes // c.panels)
+        bands = t.warp_rows // BAND // t.panels
+        for panel in range(t.panels):
+            address = row_scales + stage * t.row_scale_bytes + line + panel * (t.row_scale_bytes // t.panels)
             load_scales(rSB, buffer, panel * bands, address, bands)
 
     def multiply_block(self, acc: cute.Tensor, fragments: tuple, buffer: int):
         """acc[:, row MMA, token MMA] += the k block in registers `buffer`."""
-        c = self.tile
+        t = self.tile
         rA, rB, rSA, rSB = fragments
-        for row in range(c.warp_rows // 8):
-            for token in range(c.warp_tokens // 16):
+        for row in range(t.warp_rows // 8):
+            for token in range(t.warp_tokens // 16):
                 a_band, a_selector = token_selector(token)
                 b_band, b_selector = row_selector(row)
                 result = mma_m16n8k64(
@@ -233,8 +233,8 @@ class Mainloop:
         row_scales: Int32,
     ):
         """acc = a warp's sums over `count` stages -> (next stage, its phase)."""
-        c = self.tile
-        blocks = cutlass.const_expr(c.warp_blocks)
+        t = self.tile
+        blocks = cutlass.const_expr(t.warp_blocks)
         fragments = self.make_fragments()
         addresses = (token_codes, row_codes, token_scales, row_scales)
         acc.fill(0.0)
@@ -250,7 +250,7 @@ class Mainloop:
                     if lane == 0:
                         cute.arch.mbarrier_arrive(empty + stage)
                     stage += 1
-                    if stage == c.stages:
+                    if stage == t.stages:
                         stage = Int32(0)
                         phase = phase ^ 1
                     if cutlass.const_expr(blocks == 1):
@@ -265,23 +265,23 @@ class Mainloop:
     @cute.jit
     def add_partials(self, acc: cute.Tensor, storage, warp: Int32, lane: Int32):
         """acc of the first of the k warps += the others', in ascending k order; the others' is lost."""
-        c = self.tile
-        group = cutlass.const_expr(c.token_warps * c.row_warps)
+        t = self.tile
+        group = cutlass.const_expr(t.token_warps * t.row_warps)
         k_warp = warp // group
-        mmas = cutlass.const_expr(c.warp_rows // 8 * (c.warp_tokens // 16))
+        mmas = cutlass.const_expr(t.warp_rows // 8 * (t.warp_tokens // 16))
         place = smem_address(storage.sums.data_ptr()) + (warp % group * 32 + lane) * 16
         if k_warp > 0:
             for mma in cutlass.range_constexpr(mmas):
                 address = place + ((k_warp - 1) * mmas + mma) * (group * 32 * 16)
                 store_sums(address, [acc[mma * 4 + v] for v in range(4)])
-        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * c.warps)
+        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
         if k_warp == 0:
-            for other in cutlass.range_constexpr(c.k_warps - 1):
+            for other in cutlass.range_constexpr(t.k_warps - 1):
                 for mma in cutlass.range_constexpr(mmas):
                     more = load_sums(place + (other * mmas + mma) * (group * 32 * 16))
                     for v in cutlass.range_constexpr(4):
                         acc[mma * 4 + v] = acc[mma * 4 + v] + more[v]
-        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * c.warps)
+        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
 
     def give_registers(self):
         """The producer's warpgroup calls it where registers move."""

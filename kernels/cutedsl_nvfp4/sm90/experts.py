@@ -195,7 +195,7 @@ def build(kind: str, *arguments, options: str = "") -> Callable:
 
     compile_kind = {
         "route": compiler.compile_route,
-        "product": compiler.compile_experts,
+        "product": compiler.compile_product,
         "combine": compiler.compile_combine,
     }[kind]
     return compile_kind(*arguments, options=options)

@@ -40,11 +40,11 @@ from .views import expert_view
 class NarrowExpertsKernel(NarrowLinearKernel):
     """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
 
-    def __init__(self, config: NarrowTile, activated: bool):
-        config.check()
-        if activated and config.split_k == 8:
-            raise ValueError(f"{config}: with split_k = 8 a gate row and its up row lie in different CTAs")
-        self.config = config
+    def __init__(self, tile: NarrowTile, activated: bool):
+        tile.check()
+        if activated and tile.split_k == 8:
+            raise ValueError(f"{tile}: with split_k = 8 a gate row and its up row lie in different CTAs")
+        self.tile = tile
         self.activated = activated
 
     @cute.jit
@@ -63,25 +63,25 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         max_ctas: Int32,
         stream,
     ):
-        c = self.config
-        stages = c.stages
+        t = self.tile
+        stages = t.stages
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
-        x_layout = cute.tile_to_shape(atom, (c.tokens, c.stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, c.stage_blocks, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, c.stage_blocks, stages))
+        x_layout = cute.tile_to_shape(atom, (t.tokens, t.stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
+        code_layout = cute.make_layout((CODE_WORDS, t.stage_blocks, stages))
+        scale_layout = cute.make_layout((SCALE_WORDS, t.stage_blocks, stages))
         load = cpasync.CopyBulkTensorTileG2SOp()
         stage_of = (None, None, 0)
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
             load,
             expert_view(mCodes, CODE_WORDS),
             cute.slice_(code_layout, stage_of),
-            (CODE_WORDS, c.stage_blocks),
+            (CODE_WORDS, t.stage_blocks),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
             load,
             expert_view(mScales, SCALE_WORDS),
             cute.slice_(scale_layout, stage_of),
-            (SCALE_WORDS, c.stage_blocks),
+            (SCALE_WORDS, t.stage_blocks),
         )
 
         @cute.struct
@@ -91,7 +91,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
-            partials: cute.struct.Align[cute.struct.MemRange[Float32, c.partial_bytes // 4], 128]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
 
         self.shared = Shared
         self.kernel(
@@ -112,15 +112,15 @@ class NarrowExpertsKernel(NarrowLinearKernel):
             scale_layout,
         ).launch(
             grid=self.grid(mCodes.shape[1], mTable.shape[0] - 1, max_ctas),
-            block=(c.threads, 1, 1),
-            cluster=(c.split_k, 1, 1),
+            block=(t.threads, 1, 1),
+            cluster=(t.split_k, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
         )
 
     def grid(self, panels: Int32, tiles: Int32, max_ctas: Int32) -> tuple:
-        return panels * self.config.split_k, tiles, 1
+        return panels * self.tile.split_k, tiles, 1
 
     @cute.kernel
     def kernel(
@@ -141,9 +141,9 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
     ):
-        c = self.config
-        stages = c.stages
-        consumer_warps = 4 * c.k_warps
+        t = self.tile
+        stages = t.stages
+        consumer_warps = 4 * t.k_warps
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bid, tile, _ = cute.arch.block_idx()
 
@@ -160,7 +160,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         if cutlass.const_expr(self.activated):
             cute.arch.griddepcontrol_wait()  # for the routing
         cute.arch.griddepcontrol_launch_dependents()
-        if cutlass.const_expr(c.split_k > 1):
+        if cutlass.const_expr(t.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
@@ -173,20 +173,20 @@ class NarrowExpertsKernel(NarrowLinearKernel):
             sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
             sCodes = storage.codes.get_tensor(code_layout)
             sScales = storage.scales.get_tensor(scale_layout)
-            panel = bid // c.split_k
-            rank = bid % c.split_k
-            steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
-            first = rank * steps_total // c.split_k
-            count = (rank + 1) * steps_total // c.split_k - first
+            panel = bid // t.split_k
+            rank = bid % t.split_k
+            steps_total = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
+            first = rank * steps_total // t.split_k
+            count = (rank + 1) * steps_total // t.split_k - first
             if warp == consumer_warps:
-                gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.stage_blocks), (0, None, panel, expert))
-                gScales = cute.local_tile(tScales, (SCALE_WORDS, c.stage_blocks), (0, None, panel, expert))
+                gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.stage_blocks), (0, None, panel, expert))
+                gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, panel, expert))
                 tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
                         with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_weight_bytes)
+                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_weight_bytes)
                         at = first + stage
                         cute.copy(code_atom, tCg[None, at], tCs[None, stage], tma_bar_ptr=full + stage)
                         cute.copy(scale_atom, tSg[None, at], tSs[None, stage], tma_bar_ptr=full + stage)
@@ -205,7 +205,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 )
             else:
                 self.multiply(warp, rank, count, storage, full, empty, sX, sCodes, sScales, scale_bias)
-            if cutlass.const_expr(c.split_k > 1):
+            if cutlass.const_expr(t.split_k > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
             else:
@@ -242,8 +242,8 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         what they hold stays in their own column.
         """
         code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
-        c = self.config
-        rows = cutlass.const_expr(c.tokens // 4)
+        t = self.tile
+        rows = cutlass.const_expr(t.tokens // 4)
         lane = cute.arch.lane_idx()
         row = lane // 8
         chunk = lane % 8
@@ -259,25 +259,25 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         stage = Int32(0)
         phase = Int32(0)
         for step in cutlass.range(count, unroll=1):
-            if step >= c.stages:
+            if step >= t.stages:
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_weight_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_weight_bytes)
                 cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
-            for b in cutlass.range_constexpr(c.stage_blocks):
-                block = (first + step) * c.stage_blocks + b
+            for b in cutlass.range_constexpr(t.stage_blocks):
+                block = (first + step) * t.stage_blocks + b
                 size = Int32(0)
                 if block * BLOCK_K + chunk * 8 < mX.shape[1]:
                     size = Int32(16)
-                target = shared + (stage * c.stage_blocks + b) * (c.tokens * TOKEN_ROW_BYTES)
+                target = shared + (stage * t.stage_blocks + b) * (t.tokens * TOKEN_ROW_BYTES)
                 for i in cutlass.range_constexpr(rows):
                     line = row + 4 * i
                     address = target + line * TOKEN_ROW_BYTES + (chunk ^ (line % 8)) * 16
                     copy_async(address, sources[i] + Int64(block) * TOKEN_ROW_BYTES, size, line < slots)
             arrive_after_copies(smem_address(full + stage))
             stage += 1
-            if stage == c.stages:
+            if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
 
@@ -296,24 +296,24 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         scale_bias: Uint32,
     ):
         """A consumer warp's partial sums, sent to the CTAs that own their rows."""
-        c = self.config
+        t = self.tile
         lane = cute.arch.lane_idx()
         row_warp = warp % 4
         k_group = warp // 4
         partials = smem_address(storage.partials.data_ptr())
-        acc = cute.make_rmem_tensor((4, c.tokens // 8), Float32)
+        acc = cute.make_rmem_tensor((4, t.tokens // 8), Float32)
         acc.fill(0.0)
         start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
         self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
-        units = cutlass.const_expr(8 // c.split_k)  # of 8 rows, a CTA owns
-        pairs = cutlass.const_expr(units * c.tokens * 4)  # pairs of tokens of one row, a CTA owns
-        source = rank * c.k_warps + k_group
+        units = cutlass.const_expr(8 // t.split_k)  # of 8 rows, a CTA owns
+        pairs = cutlass.const_expr(units * t.tokens * 4)  # pairs of tokens of one row, a CTA owns
+        source = rank * t.k_warps + k_group
         for half in cutlass.range_constexpr(2):
             unit = 2 * row_warp + half
-            address = partials + (source * pairs + (unit % units) * (c.tokens * 4) + lane) * 8
-            if cutlass.const_expr(c.split_k > 1):
+            address = partials + (source * pairs + (unit % units) * (t.tokens * 4) + lane) * 8
+            if cutlass.const_expr(t.split_k > 1):
                 address = address_in_cluster(address, unit // units)
-            for column in cutlass.range_constexpr(c.tokens // 8):
+            for column in cutlass.range_constexpr(t.tokens // 8):
                 values = (acc[2 * half, column], acc[2 * half + 1, column])
                 store_in_cluster(address + column * 256, values)
 
@@ -333,15 +333,15 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         limit: Float32,
     ):
         """Add the partial sums of the rows this CTA owns in ascending k order; scale, activate, store."""
-        c = self.config
+        t = self.tile
         halves = cutlass.const_expr(2 if self.activated else 1)  # rows that make one result
-        units = cutlass.const_expr(8 // c.split_k)
-        column_pairs = cutlass.const_expr(c.tokens * 4)  # of 8 rows
+        units = cutlass.const_expr(8 // t.split_k)
+        column_pairs = cutlass.const_expr(t.tokens * 4)  # of 8 rows
         results = cutlass.const_expr(units // halves * column_pairs)
-        threads = cutlass.const_expr(128 * c.k_warps)
+        threads = cutlass.const_expr(128 * t.k_warps)
         panel_results = cutlass.const_expr(PANEL_ROWS // halves)
         sPartials = storage.partials.get_tensor(
-            cute.make_layout((2, column_pairs, halves, units // halves, c.split_k * c.k_warps))
+            cute.make_layout((2, column_pairs, halves, units // halves, t.split_k * t.k_warps))
         )
         for i in cutlass.range_constexpr(-(-results // threads)):
             index = thread + i * threads
@@ -355,7 +355,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                     sums = [[Float32(0.0), Float32(0.0)] for _ in range(halves)]
                     for h in cutlass.range_constexpr(halves):
                         scale = mRowScale[expert, n + h * mOut.shape[1]] * Float32(EPILOGUE_SCALE)
-                        for source in cutlass.range_constexpr(c.split_k * c.k_warps):
+                        for source in cutlass.range_constexpr(t.split_k * t.k_warps):
                             for v in cutlass.range_constexpr(2):
                                 sums[h][v] = sums[h][v] + sPartials[v, pair, h, unit, source]
                         for v in cutlass.range_constexpr(2):

@@ -50,8 +50,8 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
     ):
-        c = self.config
-        stages = c.stages
+        t = self.tile
+        stages = t.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, _, _ = cute.arch.block_idx()
@@ -79,10 +79,10 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         tiles, _, _, _ = load_coherent(table)
         panels = tCodes.shape[2]
         items = tiles * panels
-        count = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
+        count = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
         if warp == CONSUMER_WARPS:
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.stage_blocks), (0, None, None, None))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, c.stage_blocks), (0, None, None, None))
+            gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.stage_blocks), (0, None, None, None))
+            gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, None, None))
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
             weights = (code_atom, tCg, tCs, scale_atom, tSg, tSs)
@@ -103,7 +103,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                 cute.arch.griddepcontrol_wait()
             stage = Int32(0)
             phase = Int32(0)
-            acc = cute.make_rmem_tensor((4, c.tokens // 8), Float32)
+            acc = cute.make_rmem_tensor((4, t.tokens // 8), Float32)
             for item in cutlass.range(bid, items, ctas, unroll=1):
                 expert, first_slot, slots, _ = load_coherent(table + Int64(item // panels + 1) * 16)
                 n, factor, rows = self.targets(
@@ -120,7 +120,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
     ):
         code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.config.stage_weight_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.stage_weight_bytes)
         cute.copy(code_atom, tCg[None, at, panel, expert], tCs[None, stage], tma_bar_ptr=barrier)
         cute.copy(scale_atom, tSg[None, at, panel, expert], tSs[None, stage], tma_bar_ptr=barrier)
 
@@ -143,8 +143,8 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         weights: tuple,
     ):
         """Fill stages for every panel of this CTA; `early` of the first one's already have their weights."""
-        c = self.config
-        rows = cutlass.const_expr(c.tokens // 4)
+        t = self.tile
+        rows = cutlass.const_expr(t.tokens // 4)
         lane = cute.arch.lane_idx()
         row = lane // 8
         chunk = lane % 8
@@ -163,12 +163,12 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                 if early <= 0:
                     self.load_weights(weights, at, item % panels, expert, full + stage, stage)
                 early -= 1
-                for b in cutlass.range_constexpr(c.stage_blocks):
-                    block = at * c.stage_blocks + b
+                for b in cutlass.range_constexpr(t.stage_blocks):
+                    block = at * t.stage_blocks + b
                     size = Int32(0)
                     if block * BLOCK_K + chunk * 8 < mX.shape[1]:
                         size = Int32(16)
-                    target = shared + (stage * c.stage_blocks + b) * (c.tokens * TOKEN_ROW_BYTES)
+                    target = shared + (stage * t.stage_blocks + b) * (t.tokens * TOKEN_ROW_BYTES)
                     for i in cutlass.range_constexpr(rows):
                         address = target + (row + 4 * i) * TOKEN_ROW_BYTES
                         address = address + (chunk ^ ((row + 4 * i) % 8)) * 16
@@ -176,7 +176,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                         copy_async(address, sources[i] + offset, size, row + 4 * i < slots)
                 arrive_after_copies(smem_address(full + stage))
                 stage += 1
-                if stage == c.stages:
+                if stage == t.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
 
@@ -194,7 +194,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         mOut: cute.Tensor,
     ):
         """-> (first column, scales of its two weight rows, row of out of each of its tokens or -1)."""
-        c = self.config
+        t = self.tile
         columns = mOut.shape[1]
         n = panel * PANEL_ROWS + warp * 16 + lane // 4
         if cutlass.const_expr(self.activated):
@@ -208,8 +208,8 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
             else:
                 if n + 8 * h < columns:
                     factor[h] = mRowScale[expert, n + 8 * h] * Float32(EPILOGUE_SCALE)
-        rows = cute.make_rmem_tensor((2, c.tokens // 8), Int32)
-        for column in cutlass.range_constexpr(c.tokens // 8):
+        rows = cute.make_rmem_tensor((2, t.tokens // 8), Int32)
+        for column in cutlass.range_constexpr(t.tokens // 8):
             for v in cutlass.range_constexpr(2):
                 token = column * 8 + (lane % 4) * 2 + v
                 rows[v, column] = Int32(-1)
@@ -231,7 +231,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         limit: Float32,
     ):
         columns = mOut.shape[1]
-        for column in cutlass.range_constexpr(self.config.tokens // 8):
+        for column in cutlass.range_constexpr(self.tile.tokens // 8):
             for v in cutlass.range_constexpr(2):
                 row = rows[v, column]
                 first = acc[v, column] * factor[0]

@@ -47,15 +47,15 @@ REGISTERS = {1: (40, 232), 2: (48, 96)}
 class WideExpertsKernel(WideLinearKernel):
     """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
 
-    def __init__(self, config: WideTile, activated: bool):
-        check_for_experts(config)
-        self.config = config
+    def __init__(self, tile: WideTile, activated: bool):
+        check_for_experts(tile)
+        self.tile = tile
         self.activated = activated
         self.panel_columns = PANEL_ROWS // 2 if activated else PANEL_ROWS  # results of a panel and slot
-        self.warpgroups = min(config.panels, 2)
-        self.group_panels = config.panels // self.warpgroups
+        self.warpgroups = min(tile.panels, 2)
+        self.group_panels = tile.panels // self.warpgroups
         self.threads = 128 * (self.warpgroups + 1)
-        self.widths = expert_widths(config)
+        self.widths = expert_widths(tile)
 
     @property
     def part(self) -> int:
@@ -63,8 +63,8 @@ class WideExpertsKernel(WideLinearKernel):
 
         With more than two in tiles of 128 tokens by four panels ptxas serializes the wgmmas.
         """
-        steps = self.group_panels * self.config.blocks * STEPS
-        crowded = self.group_panels > 1 and self.config.tokens > 96
+        steps = self.group_panels * self.tile.blocks * STEPS
+        crowded = self.group_panels > 1 and self.tile.tokens > 96
         return min(steps // 2, 2 if crowded else 4)
 
     @cute.jit
@@ -83,24 +83,24 @@ class WideExpertsKernel(WideLinearKernel):
         max_ctas: Int32,
         stream,
     ):
-        c = self.config
-        tokens, stages, stage_k = c.tokens, c.stages, c.blocks * BLOCK_K
+        t = self.tile
+        tokens, stages, stage_k = t.tokens, t.stages, t.blocks * BLOCK_K
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
         x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, c.blocks, c.panels, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, c.blocks, c.panels, stages))
+        code_layout = cute.make_layout((CODE_WORDS, t.blocks, t.panels, stages))
+        scale_layout = cute.make_layout((SCALE_WORDS, t.blocks, t.panels, stages))
         load = cpasync.CopyBulkTensorTileG2SOp()
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
             load,
             expert_view(mCodes, CODE_WORDS),
             cute.slice_(code_layout, (None, None, None, 0)),
-            (CODE_WORDS, c.blocks, c.panels),
+            (CODE_WORDS, t.blocks, t.panels),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
             load,
             expert_view(mScales, SCALE_WORDS),
             cute.slice_(scale_layout, (None, None, None, 0)),
-            (SCALE_WORDS, c.blocks, c.panels),
+            (SCALE_WORDS, t.blocks, t.panels),
         )
         output_bytes = 2 * self.warpgroups * CHUNK * (self.panel_columns * 2 + 16)
 
@@ -112,10 +112,10 @@ class WideExpertsKernel(WideLinearKernel):
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
             output: cute.struct.Align[cute.struct.MemRange[Float32, output_bytes // 4], 128]
-            rows: cute.struct.MemRange[Int32, c.tokens * self.warpgroups]  # of `out`, by slot
+            rows: cute.struct.MemRange[Int32, t.tokens * self.warpgroups]  # of `out`, by slot
 
         self.shared = Shared
-        row_tiles = cute.ceil_div(mCodes.shape[1], c.panels)
+        row_tiles = cute.ceil_div(mCodes.shape[1], t.panels)
         self.kernel(
             mX,
             code_atom,
@@ -137,7 +137,7 @@ class WideExpertsKernel(WideLinearKernel):
             grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
             block=(self.threads, 1, 1),
             preferred_smem_carveout=100,
-            min_blocks_per_mp=c.ctas_per_sm,
+            min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
             use_pdl=True,
         )
@@ -162,8 +162,8 @@ class WideExpertsKernel(WideLinearKernel):
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
     ):
-        c = self.config
-        stages = c.stages
+        t = self.tile
+        stages = t.stages
         consumer_warps = 4 * self.warpgroups
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         thread, _, _ = cute.arch.thread_idx()
@@ -192,13 +192,13 @@ class WideExpertsKernel(WideLinearKernel):
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
         tiles = tiles * row_tiles
-        count = cute.ceil_div(tCodes.shape[1], c.blocks)
+        count = cute.ceil_div(tCodes.shape[1], t.blocks)
 
         if warp >= consumer_warps:
-            if cutlass.const_expr(c.panels > 1):
-                cute.arch.setmaxregister_decrease(REGISTERS[c.ctas_per_sm][0])
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None, None))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None, None))
+            if cutlass.const_expr(t.panels > 1):
+                cute.arch.setmaxregister_decrease(REGISTERS[t.ctas_per_sm][0])
+            gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.blocks, t.panels), (0, None, None, None))
+            gScales = cute.local_tile(tScales, (SCALE_WORDS, t.blocks, t.panels), (0, None, None, None))
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
             weights = (code_atom, tCg, tCs, scale_atom, tSg, tSs)
@@ -230,19 +230,19 @@ class WideExpertsKernel(WideLinearKernel):
                 weights,
             )
         else:
-            if cutlass.const_expr(c.panels > 1):
-                cute.arch.setmaxregister_increase(REGISTERS[c.ctas_per_sm][1])
+            if cutlass.const_expr(t.panels > 1):
+                cute.arch.setmaxregister_increase(REGISTERS[t.ctas_per_sm][1])
             if cutlass.const_expr(not self.activated):
                 cute.arch.griddepcontrol_wait()
             group = thread // 128
             stage = Int32(0)
             phase = Int32(0)
-            sRows = storage.rows.get_tensor(cute.make_layout((c.tokens, self.warpgroups)))
+            sRows = storage.rows.get_tensor(cute.make_layout((t.tokens, self.warpgroups)))
             expert, first_slot, slots, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
             for tile in cutlass.range(bid, tiles, ctas, unroll=1):
                 following = cutlass.min(tile + ctas, tiles - 1)
                 next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
-                first_panel = tile % row_tiles * c.panels + group * self.group_panels
+                first_panel = tile % row_tiles * t.panels + group * self.group_panels
                 stage, phase = self.compute_tile(
                     0,
                     thread,
@@ -389,15 +389,15 @@ class WideExpertsKernel(WideLinearKernel):
         A warpgroup decodes `part` steps while the wgmmas of those before run. What the epilogue reads from memory
         is fetched while the last ones run.
         """
-        c = self.config
+        t = self.tile
         panels = cutlass.const_expr(self.group_panels)
         lane = thread % 32
         row_warp = (thread % 128) // 32
         rows = PANEL_ROWS * self.warpgroups
-        stage_k = c.blocks * BLOCK_K
+        stage_k = t.blocks * BLOCK_K
         tiled_mma = panels_by_tokens(self.warpgroups, tokens)
         thr_mma = tiled_mma.get_slice(thread)
-        sFirst = cute.local_tile(sX, (tokens, stage_k, c.stages), (0, 0, 0))
+        sFirst = cute.local_tile(sX, (tokens, stage_k, t.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
         part = cutlass.const_expr(self.part)
         weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((rows, 2 * part * 16)), BFloat16)
@@ -407,14 +407,14 @@ class WideExpertsKernel(WideLinearKernel):
         for q in cutlass.range_constexpr(panels):
             sums[q].fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        panel_codes = c.blocks * BLOCK_CODE_BYTES
-        panel_scales = c.blocks * BLOCK_SCALE_BYTES
+        panel_codes = t.blocks * BLOCK_CODE_BYTES
+        panel_scales = t.blocks * BLOCK_SCALE_BYTES
         first_panel = thread // 128 * panels
         codes = smem_address(sCodes.iterator) + (first_panel * panel_codes + row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (
             first_panel * panel_scales + row_warp * 64 + (lane // 4) * 8
         )
-        steps = cutlass.const_expr(c.blocks * STEPS)
+        steps = cutlass.const_expr(t.blocks * STEPS)
         previous = stage
         # No branch may stand between a wait_group and the wgmmas after it, and no decode may sink between
         # wgmmas: either makes ptxas serialize them (C7513).
@@ -422,8 +422,8 @@ class WideExpertsKernel(WideLinearKernel):
             cute.arch.mbarrier_wait(full + stage, phase)
             words, scale_words = [], []
             for q in cutlass.range_constexpr(panels):
-                for b in cutlass.range_constexpr(c.blocks):
-                    at = stage * c.panels + q
+                for b in cutlass.range_constexpr(t.blocks):
+                    at = stage * t.panels + q
                     words.append(load_words(codes + at * panel_codes + b * BLOCK_CODE_BYTES, 4))
                     scale_words.append(load_words(scales + at * panel_scales + b * BLOCK_SCALE_BYTES, 2))
             cute.arch.fence_view_async_shared()  # tokens written by cp.async, read by wgmma
@@ -445,7 +445,7 @@ class WideExpertsKernel(WideLinearKernel):
                 self.release(empty, previous, lane)
             previous = stage
             stage += 1
-            if stage == c.stages:
+            if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
         factors = tuple(cute.make_rmem_tensor(2, Float32) for _ in range(panels))
@@ -473,7 +473,7 @@ class WideExpertsKernel(WideLinearKernel):
     ):
         code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.config.stage_weight_bytes)
+            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.stage_weight_bytes)
         cute.copy(code_atom, tCg[None, at, row_tile, expert], tCs[None, stage], tma_bar_ptr=barrier)
         cute.copy(scale_atom, tSg[None, at, row_tile, expert], tSs[None, stage], tma_bar_ptr=barrier)
 
@@ -502,8 +502,8 @@ class WideExpertsKernel(WideLinearKernel):
         A thread copies 16-byte chunk thread % 8 of rows thread // 8 + 16 i. Rows beyond the tile's are not
         written: what they hold stays in their own column.
         """
-        c = self.config
-        rows = cutlass.const_expr(c.tokens // 16)
+        t = self.tile
+        rows = cutlass.const_expr(t.tokens // 16)
         row = thread // 8
         chunk = thread % 8
         inside = row * TOKEN_ROW_BYTES + (chunk ^ (row % 8)) * 16
@@ -527,13 +527,13 @@ class WideExpertsKernel(WideLinearKernel):
                 if fetches_weights and early <= 0:
                     self.load_weights(weights, at, row_tile, expert, full + stage, stage)
                 early -= 1
-                for b in cutlass.range_constexpr(c.blocks):
-                    block = at * c.blocks + b
+                for b in cutlass.range_constexpr(t.blocks):
+                    block = at * t.blocks + b
                     size = Int32(0)
                     if block * BLOCK_K + chunk * 8 < mX.shape[1]:
                         size = Int32(16)
                     column = mX.iterator.toint() + Int64(block) * TOKEN_ROW_BYTES
-                    target = shared + (stage * c.blocks + b) * (c.tokens * TOKEN_ROW_BYTES) + inside
+                    target = shared + (stage * t.blocks + b) * (t.tokens * TOKEN_ROW_BYTES) + inside
                     for i in cutlass.range_constexpr(rows):
                         source = sources[i] if self.activated else sources[0] + Int32(i * 16 * pitch)
                         copy_async(
@@ -544,7 +544,7 @@ class WideExpertsKernel(WideLinearKernel):
                         )
                 arrive_after_copies(smem_address(full + stage))
                 stage += 1
-                if stage == c.stages:
+                if stage == t.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
             expert, first_slot, slots, _ = next_entry
@@ -589,8 +589,8 @@ class WideExpertsKernel(WideLinearKernel):
             if e * CHUNK < slots:
                 half = buffer + (e % 2) * half_bytes
                 packed = []
-                for t in cutlass.range_constexpr(CHUNK // 8):
-                    first = (e * (CHUNK // 8) + t) * 4
+                for octet in cutlass.range_constexpr(CHUNK // 8):
+                    first = (e * (CHUNK // 8) + octet) * 4
                     v = [acc[first + i] * factor[i // 2] for i in range(4)]
                     if cutlass.const_expr(self.activated):
                         packed.append(pack_bf16(swiglu(v[0], v[2], limit), swiglu(v[1], v[3], limit)))

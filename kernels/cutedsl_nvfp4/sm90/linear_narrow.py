@@ -49,9 +49,9 @@ TOKEN_ROW_BYTES = BLOCK_K * 2
 class NarrowLinearKernel:
     """One compiled kernel: a tile configuration and the presence of a bias."""
 
-    def __init__(self, config: NarrowTile, has_bias: bool):
-        config.check()
-        self.config = config
+    def __init__(self, tile: NarrowTile, has_bias: bool):
+        tile.check()
+        self.tile = tile
         self.has_bias = has_bias
 
     @cute.jit
@@ -68,8 +68,8 @@ class NarrowLinearKernel:
         scale_bias: Int32,
         stream,
     ):
-        c = self.config
-        tokens, stage_blocks, stages = c.tokens, c.stage_blocks, c.stages
+        t = self.tile
+        tokens, stage_blocks, stages = t.tokens, t.stage_blocks, t.stages
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
         x_layout = cute.tile_to_shape(atom, (tokens, stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
         code_layout = cute.make_layout((CODE_WORDS, stage_blocks, stages))
@@ -95,11 +95,11 @@ class NarrowLinearKernel:
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
-            empty: cute.struct.MemRange[Int64, stages + c.signal]  # and reduced
+            empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
-            partials: cute.struct.Align[cute.struct.MemRange[Float32, c.partial_bytes // 4], 128]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
 
         self.shared = Shared
         self.kernel(
@@ -118,9 +118,9 @@ class NarrowLinearKernel:
             code_layout,
             scale_layout,
         ).launch(
-            grid=(mCodes.shape[0] * c.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
-            block=(c.threads, 1, 1),
-            cluster=(c.split_k, 1, 1),
+            grid=(mCodes.shape[0] * t.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
+            block=(t.threads, 1, 1),
+            cluster=(t.split_k, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
             use_pdl=True,
@@ -144,15 +144,15 @@ class NarrowLinearKernel:
         code_layout: cute.Layout,
         scale_layout: cute.Layout,
     ):
-        c = self.config
-        tokens, stages = c.tokens, c.stages
-        consumer_warps = 4 * c.k_warps
+        t = self.tile
+        tokens, stages = t.tokens, t.stages
+        consumer_warps = 4 * t.k_warps
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, token_tile, _ = cute.arch.block_idx()
-        panel = bid // c.split_k
-        rank = bid % c.split_k
+        panel = bid // t.split_k
+        rank = bid % t.split_k
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
@@ -169,11 +169,11 @@ class NarrowLinearKernel:
                 for stage in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + stage, 1)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps)
-                if cutlass.const_expr(c.signal):
+                if cutlass.const_expr(t.signal):
                     cute.arch.mbarrier_init(reduced, 1)
-                    cute.arch.mbarrier_arrive_and_expect_tx(reduced, c.partial_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(reduced, t.partial_bytes)
             cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(c.split_k > 1):
+        if cutlass.const_expr(t.split_k > 1):
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
@@ -182,23 +182,23 @@ class NarrowLinearKernel:
             warp * 32 + lane, panel, rank, mRowScale
         )  # come in during the main loop
 
-        steps_total = cute.ceil_div(tCodes.shape[1], c.stage_blocks)
-        first = rank * steps_total // c.split_k
-        count = (rank + 1) * steps_total // c.split_k - first
+        steps_total = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
+        first = rank * steps_total // t.split_k
+        count = (rank + 1) * steps_total // t.split_k - first
 
         if warp == consumer_warps:
             gX = cute.local_tile(
-                tX, (tokens, c.stage_blocks * BLOCK_K), (token_tile, None, panel // panels_per_group)
+                tX, (tokens, t.stage_blocks * BLOCK_K), (token_tile, None, panel // panels_per_group)
             )
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.stage_blocks), (0, None, panel))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, c.stage_blocks), (0, None, panel))
+            gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.stage_blocks), (0, None, panel))
+            gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, panel))
             tXs, tXg = partition_loads(x_atom, sX, gX, 2)
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:
                     with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                     cute.copy(code_atom, tCg[None, first + stage], tCs[None, stage], tma_bar_ptr=full + stage)
                     cute.copy(
                         scale_atom, tSg[None, first + stage], tSs[None, stage], tma_bar_ptr=full + stage
@@ -212,7 +212,7 @@ class NarrowLinearKernel:
             for step in cutlass.range(stages, count, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, c.stage_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                 cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
@@ -229,27 +229,27 @@ class NarrowLinearKernel:
             self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
 
             # Send each half's 8 rows to the CTA that owns them.
-            units = 8 // c.split_k  # of 8 rows, a CTA owns
+            units = 8 // t.split_k  # of 8 rows, a CTA owns
             pairs = units * tokens * 4  # pairs of tokens of one row, a CTA owns
-            source = rank * c.k_warps + k_group
+            source = rank * t.k_warps + k_group
             for half in cutlass.range_constexpr(2):
                 unit = 2 * row_warp + half
                 slot = source * pairs + (unit % units) * (tokens * 4) + lane
                 address = partials + slot * 8
-                if cutlass.const_expr(c.split_k > 1):
+                if cutlass.const_expr(t.split_k > 1):
                     address = address_in_cluster(address, unit // units)
-                if cutlass.const_expr(c.signal):
+                if cutlass.const_expr(t.signal):
                     barrier = address_in_cluster(smem_address(reduced), unit // units)
                 for column in cutlass.range_constexpr(tokens // 8):
                     values = (acc[2 * half, column], acc[2 * half + 1, column])
-                    if cutlass.const_expr(c.signal):
+                    if cutlass.const_expr(t.signal):
                         signal_in_cluster(address + column * 256, values, barrier)
                     else:
                         store_in_cluster(address + column * 256, values)
-        if cutlass.const_expr(c.signal):
+        if cutlass.const_expr(t.signal):
             if warp < consumer_warps:
                 cute.arch.mbarrier_wait(reduced, 0)
-        elif cutlass.const_expr(c.split_k > 1):
+        elif cutlass.const_expr(t.split_k > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
@@ -275,8 +275,8 @@ class NarrowLinearKernel:
         bias: Uint32,
     ):
         """acc[:, column] += this warp's 16 rows x 8 tokens a column over `count` stages -> next stage, its phase."""
-        c = self.config
-        columns = cutlass.const_expr(c.tokens // 8)
+        t = self.tile
+        columns = cutlass.const_expr(t.tokens // 8)
         codes = smem_address(sCodes.iterator) + (row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (row_warp * 64 + (lane // 4) * 8)
         # Row lane % 8 of matrix lane // 8: 16-byte chunk lane // 8 of a token's 128 bytes, 128B-swizzled.
@@ -285,19 +285,19 @@ class NarrowLinearKernel:
         x_second = x_first ^ 64
         for _ in cutlass.range(count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
-            first = stage * c.stage_blocks + k_group * c.blocks
+            first = stage * t.stage_blocks + k_group * t.blocks
             words, scale_words, tokens = [], [], []
-            for b in cutlass.range_constexpr(c.blocks):
+            for b in cutlass.range_constexpr(t.blocks):
                 words.append(load_words(codes + first * BLOCK_CODE_BYTES + b * BLOCK_CODE_BYTES, 4))
                 scale_words.append(load_words(scales + first * BLOCK_SCALE_BYTES + b * BLOCK_SCALE_BYTES, 2))
                 for column in cutlass.range_constexpr(columns):
-                    offset = b * c.tokens * TOKEN_ROW_BYTES + column * 8 * TOKEN_ROW_BYTES
+                    offset = b * t.tokens * TOKEN_ROW_BYTES + column * 8 * TOKEN_ROW_BYTES
                     for base in (x_first, x_second):
-                        tokens.append(load_matrices(base + first * (c.tokens * TOKEN_ROW_BYTES) + offset))
+                        tokens.append(load_matrices(base + first * (t.tokens * TOKEN_ROW_BYTES) + offset))
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
-            for b in cutlass.range_constexpr(c.blocks):
+            for b in cutlass.range_constexpr(t.blocks):
                 for step in cutlass.range_constexpr(STEPS):
                     weights = weight_registers(words[b][step], scale_words[b][step // 2], step % 2, bias)
                     for column in cutlass.range_constexpr(columns):
@@ -308,7 +308,7 @@ class NarrowLinearKernel:
                         for v in cutlass.range_constexpr(4):
                             acc[v, column] = result[v]
             stage += 1
-            if stage == c.stages:
+            if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
         return stage, phase
@@ -316,12 +316,12 @@ class NarrowLinearKernel:
     @cute.jit
     def load_row_scales(self, thread: Int32, panel: Int32, rank: Int32, mRowScale: cute.Tensor):
         """The row scale of every pair of results that a thread finishes."""
-        c = self.config
-        threads = cutlass.const_expr(128 * c.k_warps)
-        passes = cutlass.const_expr(-(-(8 // c.split_k) * c.tokens * 4 // threads))
+        t = self.tile
+        threads = cutlass.const_expr(128 * t.k_warps)
+        passes = cutlass.const_expr(-(-(8 // t.split_k) * t.tokens * 4 // threads))
         scales = cute.make_rmem_tensor(passes, Float32)
         for i in cutlass.range_constexpr(passes):
-            unit = rank * (8 // c.split_k) + (thread + i * threads) // (c.tokens * 4)
+            unit = rank * (8 // t.split_k) + (thread + i * threads) // (t.tokens * 4)
             n = panel * PANEL_ROWS + unit * 8 + thread % 32 // 4
             scales[i] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
         return scales
@@ -339,22 +339,22 @@ class NarrowLinearKernel:
         mOut: cute.Tensor,
     ):
         """Add the partial sums of the rows this CTA owns in ascending k order, scale, store."""
-        c = self.config
-        units = cutlass.const_expr(8 // c.split_k)
-        pairs = cutlass.const_expr(units * c.tokens * 4)
-        threads = cutlass.const_expr(128 * c.k_warps)
-        sPartials = storage.partials.get_tensor(cute.make_layout((2, pairs, c.split_k * c.k_warps)))
+        t = self.tile
+        units = cutlass.const_expr(8 // t.split_k)
+        pairs = cutlass.const_expr(units * t.tokens * 4)
+        threads = cutlass.const_expr(128 * t.k_warps)
+        sPartials = storage.partials.get_tensor(cute.make_layout((2, pairs, t.split_k * t.k_warps)))
         for i in cutlass.range_constexpr(-(-pairs // threads)):
             pair = thread + i * threads
             if pair < pairs:
-                unit = rank * units + pair // (c.tokens * 4)
+                unit = rank * units + pair // (t.tokens * 4)
                 lane = pair % 32
                 n = panel * PANEL_ROWS + unit * 8 + lane // 4
-                m = token_tile * c.tokens + (pair % (c.tokens * 4)) // 32 * 8 + (lane % 4) * 2
+                m = token_tile * t.tokens + (pair % (t.tokens * 4)) // 32 * 8 + (lane % 4) * 2
                 if n < mOut.shape[1]:
                     scale = row_scales[i] * Float32(EPILOGUE_SCALE)
                     total = [Float32(0.0), Float32(0.0)]
-                    for source in cutlass.range_constexpr(c.split_k * c.k_warps):
+                    for source in cutlass.range_constexpr(t.split_k * t.k_warps):
                         for v in cutlass.range_constexpr(2):
                             total[v] = total[v] + sPartials[v, pair, source]
                     for v in cutlass.range_constexpr(2):

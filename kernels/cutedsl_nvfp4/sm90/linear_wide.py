@@ -70,20 +70,20 @@ def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
 class WideLinearKernel:
     """One compiled kernel: a tile configuration, the presence of a bias, whether rows of out are 16-byte aligned."""
 
-    def __init__(self, config: WideTile, has_bias: bool, aligned_rows: bool):
-        config.check()
+    def __init__(self, tile: WideTile, has_bias: bool, aligned_rows: bool):
+        tile.check()
         if (
-            config.persistent
-            and not (config.bulk and aligned_rows)
-            and (config.tokens // config.output_tokens % 2 or config.tail // config.output_tokens % 2)
+            tile.persistent
+            and not (tile.bulk and aligned_rows)
+            and (tile.tokens // tile.output_tokens % 2 or tile.tail // tile.output_tokens % 2)
         ):
             # the next tile's first piece would use the buffer that this tile's last one may still be read from
             raise ValueError(
-                f"{config}: a persistent tile is stored in an even number of pieces of {config.output_tokens} tokens"
+                f"{tile}: a persistent tile is stored in an even number of pieces of {tile.output_tokens} tokens"
             )
-        if config.panels > 3:
-            raise ValueError(f"{config}: the linear kernel has a warpgroup for each of at most three panels")
-        self.config = config
+        if tile.panels > 3:
+            raise ValueError(f"{tile}: the linear kernel has a warpgroup for each of at most three panels")
+        self.tile = tile
         self.has_bias = has_bias
         self.aligned_rows = aligned_rows
 
@@ -103,66 +103,66 @@ class WideLinearKernel:
         max_ctas: Int32,
         stream,
     ):
-        c = self.config
-        tokens, stages, stage_k = c.tokens, c.stages, c.blocks * BLOCK_K
+        t = self.tile
+        tokens, stages, stage_k = t.tokens, t.stages, t.blocks * BLOCK_K
         panels = mCodes.shape[0]
         atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
         x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, c.blocks, c.panels, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, c.blocks, c.panels, stages))
+        code_layout = cute.make_layout((CODE_WORDS, t.blocks, t.panels, stages))
+        scale_layout = cute.make_layout((SCALE_WORDS, t.blocks, t.panels, stages))
         load = cpasync.CopyBulkTensorTileG2SOp()
-        share = cpasync.CopyBulkTensorTileG2SMulticastOp() if c.multicast > 1 else load
+        share = cpasync.CopyBulkTensorTileG2SMulticastOp() if t.multicast > 1 else load
         x_atom, tX = cpasync.make_tiled_tma_atom(
             share,
             tokens_view(mX, k),
-            cute.slice_(cute.tile_to_shape(atom, (c.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
-            (c.box, stage_k),
-            num_multicast=c.multicast,
+            cute.slice_(cute.tile_to_shape(atom, (t.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
+            (t.box, stage_k),
+            num_multicast=t.multicast,
         )
         code_atom, tCodes = cpasync.make_tiled_tma_atom(
             load,
             block_view(mCodes, CODE_WORDS),
             cute.slice_(code_layout, (None, None, None, 0)),
-            (CODE_WORDS, c.blocks, c.panels),
+            (CODE_WORDS, t.blocks, t.panels),
         )
         scale_atom, tScales = cpasync.make_tiled_tma_atom(
             load,
             block_view(mScales, SCALE_WORDS),
             cute.slice_(scale_layout, (None, None, None, 0)),
-            (SCALE_WORDS, c.blocks, c.panels),
+            (SCALE_WORDS, t.blocks, t.panels),
         )
-        bulk = cutlass.const_expr(c.bulk and self.aligned_rows and mOut.element_type.width == 16)
+        bulk = cutlass.const_expr(t.bulk and self.aligned_rows and mOut.element_type.width == 16)
         out_atom, tOut, out_layout = None, None, None
         if cutlass.const_expr(bulk):
-            shape = (c.output_tokens, PANEL_ROWS, BULK_BUFFERS * c.panels)
+            shape = (t.output_tokens, PANEL_ROWS, BULK_BUFFERS * t.panels)
             out_layout = cute.tile_to_shape(atom, shape, order=(0, 1, 2))
             out_atom, tOut = cpasync.make_tiled_tma_atom(
                 cpasync.CopyBulkTensorTileS2GOp(),
                 results_view(mOut),
                 cute.slice_(out_layout, (None, None, 0)),
-                (c.output_tokens, PANEL_ROWS),
+                (t.output_tokens, PANEL_ROWS),
             )
 
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
-            empty: cute.struct.MemRange[Int64, stages + c.signal]  # and reduced
+            empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
             output: cute.struct.Align[
-                cute.struct.MemRange[Float32, c.output_bytes // 4], 1024 if bulk else 128
+                cute.struct.MemRange[Float32, t.output_bytes // 4], 1024 if bulk else 128
             ]
 
         self.shared = Shared
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
-        row_tiles = cute.round_up(cute.ceil_div(panels, c.panels), c.multicast)
+        row_tiles = cute.round_up(cute.ceil_div(panels, t.panels), t.multicast)
         tiles = token_tiles * row_tiles
-        ctas = tiles * c.split_k
+        ctas = tiles * t.split_k
         whole, items = tiles, tiles  # the first `whole` items are tiles, the others parts of tiles
-        if cutlass.const_expr(c.persistent):
-            if cutlass.const_expr(c.tail > 0):
-                parts = cutlass.const_expr(c.tokens // c.tail)
+        if cutlass.const_expr(t.persistent):
+            if cutlass.const_expr(t.tail > 0):
+                parts = cutlass.const_expr(t.tokens // t.tail)
                 rest = tiles % max_ctas
                 if rest * parts <= (parts - 1) * max_ctas:
                     whole = tiles - rest
@@ -193,10 +193,10 @@ class WideLinearKernel:
             out_layout,
         ).launch(
             grid=(ctas, 1, 1),
-            block=(c.threads, 1, 1),
+            block=(t.threads, 1, 1),
             preferred_smem_carveout=100,
-            cluster=(c.split_k * c.multicast, 1, 1),
-            min_blocks_per_mp=c.ctas_per_sm,
+            cluster=(t.split_k * t.multicast, 1, 1),
+            min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
             use_pdl=True,
         )
@@ -227,10 +227,10 @@ class WideLinearKernel:
         tOut: cute.Tensor | None,
         out_layout: cute.ComposedLayout | None,
     ):
-        c = self.config
-        stages, stage_k = c.stages, c.blocks * BLOCK_K
-        consumer_warps = 4 * c.panels
-        cluster = c.split_k * c.multicast
+        t = self.tile
+        stages, stage_k = t.stages, t.blocks * BLOCK_K
+        consumer_warps = 4 * t.panels
+        cluster = t.split_k * t.multicast
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bid, _, _ = cute.arch.block_idx()
@@ -250,12 +250,12 @@ class WideLinearKernel:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, consumer_warps * c.multicast)
-                if cutlass.const_expr(c.signal):
-                    owned = (c.tokens // 8 - rank + c.split_k - 1) // c.split_k  # token slices
+                    cute.arch.mbarrier_init(empty + stage, consumer_warps * t.multicast)
+                if cutlass.const_expr(t.signal):
+                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
                     cute.arch.mbarrier_init(reduced, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(
-                        reduced, owned * (c.split_k * c.panels * 128 * 16)
+                        reduced, owned * (t.split_k * t.panels * 128 * 16)
                     )
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(cluster > 1):
@@ -267,31 +267,31 @@ class WideLinearKernel:
         thread, _, _ = cute.arch.thread_idx()
 
         first = Int32(0)
-        count = cute.ceil_div(tCodes.shape[1], c.blocks)
-        if cutlass.const_expr(c.split_k > 1):
+        count = cute.ceil_div(tCodes.shape[1], t.blocks)
+        if cutlass.const_expr(t.split_k > 1):
             steps_total = count
-            first = rank * steps_total // c.split_k
-            count = (rank + 1) * steps_total // c.split_k - first
+            first = rank * steps_total // t.split_k
+            count = (rank + 1) * steps_total // t.split_k - first
         grid = (token_group, token_tiles, row_tiles)
 
         if warp >= consumer_warps:
-            if cutlass.const_expr(c.panels > 1):
+            if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                gX = cute.local_tile(tX, (c.box, stage_k), (None, None, None))
-                sBoxes = cute.local_tile(sX, (c.box, stage_k), (None, 0, None))
-                gCodes = cute.local_tile(tCodes, (CODE_WORDS, c.blocks, c.panels), (0, None, None))
-                gScales = cute.local_tile(tScales, (SCALE_WORDS, c.blocks, c.panels), (0, None, None))
-                member = rank if c.multicast > 1 else 0
-                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, c.multicast)
+                gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
+                sBoxes = cute.local_tile(sX, (t.box, stage_k), (None, 0, None))
+                gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.blocks, t.panels), (0, None, None))
+                gScales = cute.local_tile(tScales, (SCALE_WORDS, t.blocks, t.panels), (0, None, None))
+                member = rank if t.multicast > 1 else 0
+                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
                 tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
 
                 # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
                 groups = tX.shape[2]
                 # Weights first, then tokens once the previous kernel's results are visible.
-                box, row_tile, boxes = self.item(bid // c.split_k, whole, *grid)
-                group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                box, row_tile, boxes = self.item(bid // t.split_k, whole, *grid)
+                group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
                         with cute.arch.elect_one():
@@ -315,9 +315,9 @@ class WideLinearKernel:
                 if count < stages:
                     phase = Int32(1)  # and the rest of the ring is free
                 step = cutlass.min(count, stages)
-                for item in cutlass.range(bid // c.split_k, items, ctas, unroll=1):
+                for item in cutlass.range(bid // t.split_k, items, ctas, unroll=1):
                     box, row_tile, boxes = self.item(item, whole, *grid)
-                    group = cutlass.min(row_tile * c.panels // panels_per_group, groups - 1)
+                    group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
                     for at in cutlass.range(first + step, first + count, unroll=1):
                         cute.arch.mbarrier_wait(empty + stage, phase)
                         with cute.arch.elect_one():
@@ -336,77 +336,77 @@ class WideLinearKernel:
                             stage = Int32(0)
                             phase = phase ^ 1
                     step = Int32(0)
-            if cutlass.const_expr(cluster > 1 and not c.signal):
+            if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
                 # partial sums.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
         else:
-            if cutlass.const_expr(c.panels > 1):
-                cute.arch.setmaxregister_increase(c.consumer_registers)
+            if cutlass.const_expr(t.panels > 1):
+                cute.arch.setmaxregister_increase(t.consumer_registers)
             stage = Int32(0)
             phase = Int32(0)
             pipeline = (full, empty, sX, sCodes, sScales, scale_bias)
             results = (out_atom, tOut, out_layout)
-            for tile in cutlass.range(bid // c.split_k, whole, ctas, unroll=1):
+            for tile in cutlass.range(bid // t.split_k, whole, ctas, unroll=1):
                 box, row_tile, _ = self.item(tile, whole, *grid)
-                place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                stage, phase = self.compute(c.tokens, thread, count, stage, phase, pipeline, place, results)
-            if cutlass.const_expr(c.tail > 0):
+                place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                stage, phase = self.compute(t.tokens, thread, count, stage, phase, pipeline, place, results)
+            if cutlass.const_expr(t.tail > 0):
                 for part in cutlass.range(whole + bid, items, ctas, unroll=1):
                     box, row_tile, _ = self.item(part, whole, *grid)
-                    place = (box * c.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                    stage, phase = self.compute(c.tail, thread, count, stage, phase, pipeline, place, results)
+                    place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
+                    stage, phase = self.compute(t.tail, thread, count, stage, phase, pipeline, place, results)
             if cutlass.const_expr(out_atom is not None):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
-            if cutlass.const_expr(c.multicast > 1):
+            if cutlass.const_expr(t.multicast > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
 
     @cute.jit
-    def tile(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+    def tile_at(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
         """Linear tile index -> (token tile, row tile); CTAs of a multicast pair take neighbouring rows."""
-        c = self.config
-        pair = index // c.multicast
-        row_groups = row_tiles // c.multicast
+        t = self.tile
+        pair = index // t.multicast
+        row_groups = row_tiles // t.multicast
         group = pair // (token_group * row_groups)
         width = cutlass.min(token_group, token_tiles - group * token_group)
         inside = pair - group * token_group * row_groups
-        row_tile = (inside // width) * c.multicast + index % c.multicast
+        row_tile = (inside // width) * t.multicast + index % t.multicast
         return group * token_group + inside % width, row_tile
 
     @cute.jit
     def item(self, index: Int32, whole: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
         """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
-        c = self.config
-        if cutlass.const_expr(c.tail == 0):
-            box, row_tile = self.tile(index, token_group, token_tiles, row_tiles)
+        t = self.tile
+        if cutlass.const_expr(t.tail == 0):
+            box, row_tile = self.tile_at(index, token_group, token_tiles, row_tiles)
             boxes = Int32(1)
         else:
-            parts = cutlass.const_expr(c.tokens // c.tail)
+            parts = cutlass.const_expr(t.tokens // t.tail)
             tile, part, boxes = index, Int32(0), Int32(parts)
             if index >= whole:
-                pair = (index - whole) // c.multicast
-                tile = whole + pair // parts * c.multicast + index % c.multicast
+                pair = (index - whole) // t.multicast
+                tile = whole + pair // parts * t.multicast + index % t.multicast
                 part = pair % parts
                 boxes = Int32(1)
-            token_tile, row_tile = self.tile(tile, token_group, token_tiles, row_tiles)
+            token_tile, row_tile = self.tile_at(tile, token_group, token_tiles, row_tiles)
             box = token_tile * parts + part
         return box, row_tile, boxes
 
     def load_bytes(self, boxes: Int32):
         """Bytes of a stage that holds this many boxes of tokens."""
-        c = self.config
-        if c.tail == 0:
-            return c.stage_bytes
-        return c.stage_weight_bytes + boxes * (c.box * c.blocks * BLOCK_K * 2)
+        t = self.tile
+        if t.tail == 0:
+            return t.stage_bytes
+        return t.stage_weight_bytes + boxes * (t.box * t.blocks * BLOCK_K * 2)
 
     @cute.jit
     def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
         """The scales of a consumer thread's rows r and r + 8."""
         scales = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
-            n = row_tile * self.config.rows + thread // 32 * 16 + thread % 32 // 4 + 8 * h
+            n = row_tile * self.tile.rows + thread // 32 * 16 + thread % 32 // 4 + 8 * h
             scales[h] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
         return scales
 
@@ -421,7 +421,7 @@ class WideLinearKernel:
         stage: Int32,
         barrier: cute.Pointer,
     ):
-        for b in cutlass.range_constexpr(self.config.tokens // self.config.box):
+        for b in cutlass.range_constexpr(self.tile.tokens // self.tile.box):
             if cutlass.const_expr(b == 0):
                 self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
             else:
@@ -430,8 +430,8 @@ class WideLinearKernel:
 
     @cute.jit
     def load_box(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
-        if cutlass.const_expr(self.config.multicast > 1):
-            mask = cutlass.Int16((1 << self.config.multicast) - 1)
+        if cutlass.const_expr(self.tile.multicast > 1):
+            mask = cutlass.Int16((1 << self.tile.multicast) - 1)
             cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
         else:
             cute.copy(atom, source, target, tma_bar_ptr=barrier)
@@ -439,8 +439,8 @@ class WideLinearKernel:
     @cute.jit
     def release(self, empty: cute.Pointer, stage: Int32, lane: Int32):
         """Tell every producer that writes this stage that the warp is done with it."""
-        if cutlass.const_expr(self.config.multicast > 1):
-            if lane < self.config.multicast:
+        if cutlass.const_expr(self.tile.multicast > 1):
+            if lane < self.tile.multicast:
                 cute.arch.mbarrier_arrive(empty + stage, lane)
         else:
             if lane == 0:
@@ -459,20 +459,20 @@ class WideLinearKernel:
         results: tuple,
     ):
         """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
-        c = self.config
+        t = self.tile
         first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
-        if cutlass.const_expr(c.split_k > 1):
+        if cutlass.const_expr(t.split_k > 1):
             row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
         else:
             row_scales = self.load_row_scales(row_tile, thread, mRowScale)
         acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, *pipeline)
         target = (row_tile, first_token, storage, row_scales, mBias)
-        if cutlass.const_expr(c.split_k > 1):  # one tile
+        if cutlass.const_expr(t.split_k > 1):  # one tile
             reduced = (
-                storage.empty.data_ptr() + c.stages
+                storage.empty.data_ptr() + t.stages
             )  # with `signal`: this CTA's partial sums are complete
             self.send_partials(acc, thread, rank, storage, smem_address(reduced))
-            if cutlass.const_expr(c.signal):
+            if cutlass.const_expr(t.signal):
                 cute.arch.mbarrier_wait(reduced, 0)
             else:
                 cute.arch.cluster_arrive()
@@ -500,37 +500,37 @@ class WideLinearKernel:
         bias: Uint32,
     ):
         """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
-        c = self.config
+        t = self.tile
         panel = thread // 128
         lane = thread % 32
         row_warp = (thread % 128) // 32
-        tiled_mma = panels_by_tokens(c.panels, tokens)
+        tiled_mma = panels_by_tokens(t.panels, tokens)
         thr_mma = tiled_mma.get_slice(thread)
-        sFirst = cute.local_tile(sX, (tokens, c.blocks * BLOCK_K, c.stages), (0, 0, 0))
+        sFirst = cute.local_tile(sX, (tokens, t.blocks * BLOCK_K, t.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
-        if cutlass.const_expr(c.lag > 0):
+        if cutlass.const_expr(t.lag > 0):
             self.follow(panel, count)
-        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((c.rows, c.blocks * BLOCK_K)), BFloat16)
+        weights = cute.make_rmem_tensor(thr_mma.partition_shape_A((t.rows, t.blocks * BLOCK_K)), BFloat16)
         weight_words = cute.recast_tensor(weights, Uint32)
-        acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((c.rows, tokens)), Float32)
+        acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((t.rows, tokens)), Float32)
         acc.fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        panel_codes = c.blocks * BLOCK_CODE_BYTES
-        panel_scales = c.blocks * BLOCK_SCALE_BYTES
+        panel_codes = t.blocks * BLOCK_CODE_BYTES
+        panel_scales = t.blocks * BLOCK_SCALE_BYTES
         codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
         # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
         # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
         # serialize them (C7513).
-        steps = cutlass.const_expr(c.blocks * STEPS // 2)
+        steps = cutlass.const_expr(t.blocks * STEPS // 2)
         previous = stage
         for i in cutlass.range(count, unroll=1):
             cute.arch.mbarrier_wait(full + stage, phase)
             words, scale_words = [], []
-            for b in cutlass.range_constexpr(c.blocks):
-                words.append(load_words(codes + stage * (c.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
+            for b in cutlass.range_constexpr(t.blocks):
+                words.append(load_words(codes + stage * (t.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
                 scale_words.append(
-                    load_words(scales + stage * (c.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
+                    load_words(scales + stage * (t.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
                 )
             for half in cutlass.range_constexpr(2):
                 warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
@@ -546,11 +546,11 @@ class WideLinearKernel:
                     warpgroup.commit_group()
             if i > 0:
                 self.release(empty, previous, lane)
-            if cutlass.const_expr(c.lag > 0):
+            if cutlass.const_expr(t.lag > 0):
                 self.lead(panel, i, count)
             previous = stage
             stage += 1
-            if stage == c.stages:
+            if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
         warpgroup.wait_group(0)
@@ -564,15 +564,15 @@ class WideLinearKernel:
 
         Tiles of fewer steps than stages do without: a warpgroup could be a whole tile ahead and signal twice.
         """
-        if step == self.config.lag and count >= self.config.stages:
-            for p in cutlass.range_constexpr(self.config.panels - 1):
+        if step == self.tile.lag and count >= self.tile.stages:
+            for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p:
                     cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
 
     @cute.jit
     def follow(self, panel: Int32, count: Int32):
-        if count >= self.config.stages:
-            for p in cutlass.range_constexpr(self.config.panels - 1):
+        if count >= self.tile.stages:
+            for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p + 1:
                     cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
 
@@ -582,7 +582,7 @@ class WideLinearKernel:
         if group == 0:
             cute.arch.barrier(barrier_id=1, number_of_threads=128)
         else:
-            if cutlass.const_expr(self.config.panels == 3):
+            if cutlass.const_expr(self.tile.panels == 3):
                 if group == 1:
                     cute.arch.barrier(barrier_id=2, number_of_threads=128)
                 else:
@@ -607,18 +607,18 @@ class WideLinearKernel:
 
         Each warpgroup stores its own panel without meeting the others: one stores while another multiplies.
         """
-        c = self.config
+        t = self.tile
         wide_out = cutlass.const_expr(mOut.element_type.width == 32)
-        chunk = cutlass.const_expr(c.output_tokens // 2 if wide_out else c.output_tokens)
+        chunk = cutlass.const_expr(t.output_tokens // 2 if wide_out else t.output_tokens)
         pitch = cutlass.const_expr(
             (PANEL_ROWS + 4) * 4 if wide_out else (PANEL_ROWS + 8) * 2
         )  # no bank conflicts
-        panel_bytes = cutlass.const_expr(c.output_bytes // c.panels)
+        panel_bytes = cutlass.const_expr(t.output_bytes // t.panels)
         panel = thread // 128
         inside = thread % 128
         lane = thread % 32
         row = inside // 32 * 16 + lane // 4
-        first_n = row_tile * c.rows + panel * PANEL_ROWS
+        first_n = row_tile * t.rows + panel * PANEL_ROWS
         factor = cute.make_rmem_tensor(2, Float32)
         offset = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
@@ -633,21 +633,21 @@ class WideLinearKernel:
         rows_per_pass = cutlass.const_expr(128 // per_row)
         for e in cutlass.range_constexpr(tokens // chunk):
             half_buffer = buffer + (e % 2) * (panel_bytes // 2)
-            for t in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
+            for octet in cutlass.range_constexpr(chunk // 8):
+                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
                 if cutlass.const_expr(self.has_bias):
                     v = [v[i] + offset[i // 2] for i in range(4)]
                 if cutlass.const_expr(wide_out):
                     for i in cutlass.range_constexpr(4):
-                        token = t * 8 + (lane % 4) * 2 + i % 2
+                        token = octet * 8 + (lane % 4) * 2 + i % 2
                         store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
                 else:
                     packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                    if cutlass.const_expr(t % 2 == 0):
+                    if cutlass.const_expr(octet % 2 == 0):
                         waiting = packed
                     else:
                         store_matrices_transposed(
-                            half_buffer + matrix_address + (t - 1) * 8 * pitch, *waiting, *packed
+                            half_buffer + matrix_address + (octet - 1) * 8 * pitch, *waiting, *packed
                         )
             self.meet(panel)
             for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
@@ -689,9 +689,9 @@ class WideLinearKernel:
         Piece e uses buffer e % 3. Before its barrier the pieces up to e - 2 have been read, so that everyone may
         write piece e + 1 after it.
         """
-        c = self.config
+        t = self.tile
         out_atom, tOut, out_layout = results
-        chunk = cutlass.const_expr(c.output_tokens)
+        chunk = cutlass.const_expr(t.output_tokens)
         piece_bytes = cutlass.const_expr(chunk * PANEL_ROWS * 2)
         panel = thread // 128
         inside = thread % 128
@@ -702,7 +702,7 @@ class WideLinearKernel:
         for h in cutlass.range_constexpr(2):
             factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
             if cutlass.const_expr(self.has_bias):
-                row = row_tile * c.rows + thread // 32 * 16 + lane // 4 + 8 * h
+                row = row_tile * t.rows + thread // 32 * 16 + lane // 4 + 8 * h
                 offset[h] = mBias[cutlass.min(row, n - 1)]
         output = cute.recast_ptr(storage.output.data_ptr(), out_layout.inner, dtype=BFloat16)
         sOut = cute.make_tensor(output, out_layout.outer)
@@ -718,37 +718,37 @@ class WideLinearKernel:
         self.meet(panel)
         for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
-            for t in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + t) * 4 + i] * factor[i // 2] for i in range(4)]
+            for octet in cutlass.range_constexpr(chunk // 8):
+                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
                 if cutlass.const_expr(self.has_bias):
                     v = [v[i] + offset[i // 2] for i in range(4)]
                 packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                if cutlass.const_expr(t % 2 == 0):
+                if cutlass.const_expr(octet % 2 == 0):
                     waiting = packed
                 else:
-                    target = address + (buffer * piece_bytes + (t - 1) * 8 * PANEL_ROWS * 2)
+                    target = address + (buffer * piece_bytes + (octet - 1) * 8 * PANEL_ROWS * 2)
                     store_matrices_transposed(target, *waiting, *packed)
             cute.arch.fence_view_async_shared()
             if sends:
                 cute.arch.cp_async_bulk_wait_group(1, read=True)
             self.meet(panel)
             if sends:
-                piece = (first_token // chunk + e, row_tile * c.panels + panel)
+                piece = (first_token // chunk + e, row_tile * t.panels + panel)
                 cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
                 cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage, reduced: Int32):
-        """Partial sums of token slice t go to the CTA t % split_k of the cluster."""
-        c = self.config
-        slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
-        buffer = smem_address(storage.output.data_ptr()) + (rank * slices * (128 * c.panels) + thread) * 16
-        for t in cutlass.range_constexpr(c.tokens // 8):
-            target = address_in_cluster(buffer, Int32(t % c.split_k))
-            target += (t // c.split_k) * (128 * c.panels * 16)
-            values = tuple(acc[t * 4 + i] for i in range(4))
-            if cutlass.const_expr(c.signal):
-                signal_in_cluster(target, values, address_in_cluster(reduced, Int32(t % c.split_k)))
+        """Partial sums of token slice `octet` go to the CTA octet % split_k of the cluster."""
+        t = self.tile
+        slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
+        buffer = smem_address(storage.output.data_ptr()) + (rank * slices * (128 * t.panels) + thread) * 16
+        for octet in cutlass.range_constexpr(t.tokens // 8):
+            target = address_in_cluster(buffer, Int32(octet % t.split_k))
+            target += (octet // t.split_k) * (128 * t.panels * 16)
+            values = tuple(acc[octet * 4 + i] for i in range(4))
+            if cutlass.const_expr(t.signal):
+                signal_in_cluster(target, values, address_in_cluster(reduced, Int32(octet % t.split_k)))
             else:
                 store_in_cluster(target, values)
 
@@ -764,8 +764,8 @@ class WideLinearKernel:
     @cute.jit
     def reduced_row(self, row_tile: Int32, thread: Int32):
         """The first of the 8 rows that a thread adds."""
-        line = thread % (PANEL_ROWS * self.config.panels)
-        return row_tile * self.config.rows + line // 16 * 16 + line // 2 % 2 * 8
+        line = thread % (PANEL_ROWS * self.tile.panels)
+        return row_tile * self.tile.rows + line // 16 * 16 + line // 2 % 2 * 8
 
     @cute.jit
     def reduce_partials(
@@ -785,11 +785,11 @@ class WideLinearKernel:
         and source. Sixteen lines of a slice read neighbouring words; the next sixteen read rows r ^ 1, or they
         would meet in the same banks.
         """
-        c = self.config
-        slices = cutlass.const_expr(-(-c.tokens // 8 // c.split_k))
-        lines = cutlass.const_expr(PANEL_ROWS * c.panels)  # of a slice: half as many as threads
-        slice_words = cutlass.const_expr(128 * c.panels * 4)
-        sPartials = storage.output.get_tensor(cute.make_layout(slice_words * slices * c.split_k))
+        t = self.tile
+        slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
+        lines = cutlass.const_expr(PANEL_ROWS * t.panels)  # of a slice: half as many as threads
+        slice_words = cutlass.const_expr(128 * t.panels * 4)
+        sPartials = storage.output.get_tensor(cute.make_layout(slice_words * slices * t.split_k))
         line = thread % lines
         odd = line // 16 % 2
         word = line // 16 * 128 + line % 16
@@ -797,11 +797,11 @@ class WideLinearKernel:
         elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
         for i in cutlass.range_constexpr(-(-slices // 2)):
             s = thread // lines + 2 * i
-            t = s * c.split_k + rank
-            m = first_token + t * 8 + line // 4 % 4 * 2 + line % 2
-            if s < slices and t < c.tokens // 8 and m < mOut.shape[0]:
+            octet = s * t.split_k + rank
+            m = first_token + octet * 8 + line // 4 % 4 * 2 + line % 2
+            if s < slices and octet < t.tokens // 8 and m < mOut.shape[0]:
                 total = [Float32(0.0) for _ in range(8)]
-                for source in cutlass.range_constexpr(c.split_k):
+                for source in cutlass.range_constexpr(t.split_k):
                     base = word + (source * slices + s) * slice_words
                     bases = (base + odd * 16, base - odd * 16)
                     for r in cutlass.range_constexpr(8):
