@@ -31,6 +31,7 @@ from devtools.setup.pins import PROJECT_ROOT
 MODEL_NAME = "demo"
 CONTEXT_TOKENS = 8192
 STOP_SECONDS = 30
+KILL_SECONDS = 5  # for the kernel to end what SIGKILL was sent to
 
 # what the server sees on top of the caller's environment
 SERVER_ENVIRONMENT = {
@@ -86,8 +87,9 @@ def fetch(url: str, body: dict | None = None, timeout: float = 120) -> dict | st
 class DemoServer:
     """One background server with its state file and log under `folder`."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, stop_seconds: float = STOP_SECONDS):
         self.folder = folder
+        self.stop_seconds = stop_seconds  # from SIGTERM to SIGKILL
         self.log = folder / "server.log"
         self.state_file = folder / "server.json"
 
@@ -166,7 +168,7 @@ class DemoServer:
                 print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", flush=True)
             time.sleep(0.5)
 
-    def stop(self, seconds: float = STOP_SECONDS) -> str:
+    def stop(self) -> str:
         """Stop every process of the server -> what happened; DemoFailed if one survives."""
         state = self.state()
         if state is None:
@@ -178,14 +180,15 @@ class DemoServer:
         forced = ""
         for number in (signal.SIGTERM, signal.SIGKILL):
             if number == signal.SIGKILL:
-                forced = f"; pids {', '.join(map(str, members))} were killed, {seconds:.0f} s after SIGTERM"
+                pids = ", ".join(map(str, members))
+                forced = f"; pids {pids} were killed, {self.stop_seconds:.0f} s after SIGTERM"
             # the leader first: it ends its own workers in order
             for pid in [state["pid"]] if number == signal.SIGTERM and state["pid"] in members else members:
                 try:
                     os.kill(pid, number)
                 except ProcessLookupError:
                     continue
-            deadline = time.monotonic() + (seconds if number == signal.SIGTERM else 5)
+            deadline = time.monotonic() + (self.stop_seconds if number == signal.SIGTERM else KILL_SECONDS)
             while (members := self.members(state)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if not members:
@@ -300,7 +303,7 @@ def status(server: DemoServer) -> None:
     print(f"the demo server runs (pid {state['pid']}) at {state['url']}")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stop_seconds: float = STOP_SECONDS) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -311,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="to wait until ready")
     args = parser.parse_args(argv)
-    server = DemoServer(PROJECT_ROOT / ".demo")
+    server = DemoServer(PROJECT_ROOT / ".demo", stop_seconds)
     try:
         if args.action == "start":
             start(server, args)

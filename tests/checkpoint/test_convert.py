@@ -1,5 +1,6 @@
 """scripts/convert_checkpoint.py: every dialect becomes the same checkpoint, whatever happens on the way."""
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -361,16 +363,35 @@ def test_workers_write_what_one_process_writes(bf16, from_bf16, tmp_path):
     assert "576 linears quantized" in run.stdout
 
 
+LIMIT = 600  # seconds; reached only by what hangs
 KILLS = 50
+GRACE = 500  # events, about 2 ms
 
 
-def _convert_and_tell(source: Path, destination: Path, begun) -> None:
-    begun.send(None)
+def _convert_and_tell(source: Path, destination: Path, last: int | None, says: Connection) -> None:
+    """Run in a child: say when event `last` is reached, then how many there were.
+
+    An event is a call of a function, in Python or C, or its return. Who has not been killed GRACE events after `last`
+    kills itself.
+    """
+    done = 0
+
+    def count(*_: object) -> None:
+        nonlocal done
+        done += 1
+        if done == last:
+            says.send(done)
+        elif last is not None and done > last + GRACE:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
     convert(source, destination, Options(shard_bytes=40_000))
+    sys.setprofile(None)
+    says.send(done)
 
 
 def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
-    """kill -9 at random moments; whoever starts it again gets, bit for bit, what an undisturbed run writes."""
+    """kill -9 at random events; whoever starts it again gets, bit for bit, what an undisturbed run writes."""
     few = {
         name: value
         for name, value in layer_one.items()
@@ -379,33 +400,38 @@ def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
     source = small.write(
         tmp_path / "src", small.native(few), small.config(small.NATIVE_QUANTIZATION), shards=2
     )
-    started = time.monotonic()
-    convert(source, tmp_path / "undisturbed", Options(shard_bytes=40_000))
-    longest = time.monotonic() - started
-    expected = digest(tmp_path / "undisturbed")
-    assert len(expected) > 12, "too few shards to be killed between"
-
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or its children import torch one by one
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+
+    def run(destination: Path, last: int | None) -> tuple[int, int]:
+        """Kill a conversion when it says that it is at `last` -> (what it said, its exit status)."""
+        ours, theirs = context.Pipe()
+        child = context.Process(target=_convert_and_tell, args=(source, destination, last, theirs))
+        child.start()
+        theirs.close()  # or a child that dies early leaves recv waiting for ever
+        with contextlib.suppress(EOFError):  # of a child that failed
+            said = ours.recv()
+            if said == last:
+                child.kill()
+        child.join()
+        ours.close()
+        assert child.exitcode in (0, -signal.SIGKILL), (
+            "the conversion failed by itself; its traceback is above"
+        )
+        return said, child.exitcode
+
+    events, status = run(tmp_path / "undisturbed", None)
+    expected = digest(tmp_path / "undisturbed")
+    assert status == 0
+    assert len(expected) > 12, "too few shards to be killed between"
+
     chance = random.Random(7)
     destination = tmp_path / "dst"
     kills, resumed, alone = 0, 0, 0
     while kills < KILLS:
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_convert_and_tell, args=(source, destination, theirs))
-        child.start()
-        theirs.close()  # or a child that dies early leaves recv waiting for ever
-        ours.recv()
-        ours.close()
-        child.join(chance.uniform(0, longest * 0.8))
-        if child.is_alive():
-            os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        assert child.exitcode in (0, -signal.SIGKILL), (
-            "the conversion failed by itself; its traceback is above"
-        )
-        killed = child.exitcode == -signal.SIGKILL
+        _, status = run(destination, chance.randrange(1, events * 4 // 5))
+        killed = status == -signal.SIGKILL
         kills, alone = kills + killed, 0 if killed else alone + 1
         assert alone < 20, "conversions end before they can be killed"
         resumed += destination.exists() and any(destination.glob("*.safetensors"))
@@ -418,25 +444,38 @@ def test_fifty_kills_change_nothing(layer_one, tmp_path, monkeypatch):
     assert resumed > KILLS / 4, "the kills came too early to leave anything behind"
 
 
-def test_killed_workers_are_not_left_behind(bf16, from_bf16, tmp_path):
+STALLS = """
+import signal, sys
+from cutedsl_nvfp4.checkpoint.convert import Journal, main
+
+def stall(*_):
+    print("a shard is written", flush=True)
+    signal.pause()
+
+Journal.add = stall
+main(sys.argv[1:])
+"""
+
+
+def test_killed_workers_are_not_left_behind(bf16, from_bf16, tmp_path, monkeypatch):
     """kill -9 of the parent of two workers; what starts at once afterwards is not disturbed by them."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     destination = tmp_path / "dst"
-    command = [sys.executable, str(ROOT / "scripts/convert_checkpoint.py"), str(bf16), str(destination)]
+    command = [sys.executable, "-c", STALLS, str(bf16), str(destination)]
     parent = subprocess.Popen(
-        [*command, "--jobs", "2", "--shard-gb", str(SMALL_SHARDS / 1e9)], stderr=subprocess.PIPE
+        [*command, "--jobs", "2", "--shard-gb", str(SMALL_SHARDS / 1e9)], stdout=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not list(destination.glob("*.safetensors*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    assert parent.stdout.readline() == "a shard is written\n"
     workers = [pid for pid in os.listdir("/proc") if pid.isdigit() and _parent_of(pid) == parent.pid]
     parent.kill()
     parent.wait()
     convert(bf16, destination, Options(shard_bytes=SMALL_SHARDS))
     assert digest(destination) == digest(from_bf16)
     assert len(workers) >= 2
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+    deadline = time.monotonic() + LIMIT
+    while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
         time.sleep(0.05)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 def _parent_of(pid: str) -> int | None:

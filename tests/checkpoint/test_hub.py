@@ -22,6 +22,7 @@ from tests.support.servers.vllm import free_port
 ID = "owner/name"
 INDEX = "model.safetensors.index.json"
 SHARDS = tuple(f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3))
+LIMIT = 600  # seconds; reached only by what hangs
 pytestmark = pytest.mark.xdist_group("hub")  # the checkpoint is made and converted once
 
 
@@ -67,7 +68,7 @@ class Machine:
 
     def run(self, script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
         process = self.start(script, *arguments, **variables)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=LIMIT)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def refused(self, script: str, *arguments: object, **variables: str) -> str:
@@ -164,8 +165,8 @@ def test_connection_that_breaks_once_is_resumed_within_the_file(hub, machine, tm
     assert "equal" in run.stdout
 
 
-def _wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_for(condition) -> None:
+    deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -173,13 +174,16 @@ def _wait_for(condition, seconds: float = 30) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_download_goes_on(how, hub, machine, tmp_path):
-    """Ctrl-C ends it at once, with nothing left behind; what a kill leaves behind is told."""
+    """Ctrl-C ends it in the middle of a file, with nothing left behind; what a kill leaves behind is told."""
     hub.hold(SHARDS[1], after=2 * BLOCK_BYTES)
-    process = machine.start("convert_checkpoint", ID, tmp_path / "dst")
+    patient = {
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(2 * LIMIT)
+    }  # or the client would give the held file up by itself
+    process = machine.start("convert_checkpoint", ID, tmp_path / "dst", **patient)
     blobs = machine.cache / "blobs"
     _wait_for(lambda: len(list(blobs.glob("*"))) == 9 and len(list(blobs.glob("*.incomplete"))) == 1)
     process.send_signal(how)
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate(timeout=LIMIT)
     left = list(blobs.glob("*.incomplete"))
     if how == signal.SIGINT:
         assert process.returncode == 1 and err.endswith("interrupted; the same command goes on from here\n")
@@ -304,15 +308,13 @@ def test_file_that_is_lost_during_the_download_is_named(hub, machine, source, tm
 
 
 def test_hub_out_of_reach(machine):
-    """At once where nobody listens, after the client's time limit where nobody answers."""
+    """It is given up at once where nobody listens, after the client's time limit where nobody answers."""
     closed = f"http://127.0.0.1:{free_port()}"
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for url in (closed, f"http://127.0.0.1:{silent.getsockname()[1]}"):
-            begun = time.monotonic()
-            variables = {"HF_ENDPOINT": url, "HF_HUB_ETAG_TIMEOUT": "1"}
+        for url, seconds in ((closed, 2 * LIMIT), (f"http://127.0.0.1:{silent.getsockname()[1]}", 1)):
+            variables = {"HF_ENDPOINT": url, "HF_HUB_ETAG_TIMEOUT": str(seconds)}
             said = machine.refused("inspect_checkpoint", ID, **variables)
             assert f"the hub ({url}/{ID}) cannot be reached" in said and "check the network" in said
-            assert time.monotonic() - begun < 5
     assert "HF_HUB_OFFLINE forbids to ask the hub: unset it" in machine.refused(
         "inspect_checkpoint", ID, HF_HUB_OFFLINE="1"
     )

@@ -209,7 +209,7 @@ class TestLayers:
         (folder / "ids.json").write_text(json.dumps(random_prompts()[3000][0][:RECORDED_LENGTH]))
         recorder = Path(__file__).with_name("record_layers.py")
         command = [sys.executable, recorder, checkpoint, folder / "ids.json", folder / "rows.safetensors"]
-        run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
         recording = load_file(folder / "rows.safetensors")
         model = reference_model(checkpoint)

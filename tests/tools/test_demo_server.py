@@ -12,11 +12,12 @@ import pytest
 
 from devtools.setup import demo_server
 
+LIMIT = 600  # seconds; reached only by what hangs
 EXPECTED = {"documents": [{"prompt": "Once", "text": " upon a time", "max_tokens": 4}]}
 
 # argv: port, behaviour
 FAKE_SERVER = """
-import json, signal, subprocess, sys, time
+import json, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 port, behaviour = int(sys.argv[1]), sys.argv[2]
 print("loading weights", flush=True)
@@ -24,12 +25,12 @@ if behaviour == "dies":
     print("ValueError: no such kernel", flush=True)
     sys.exit(3)
 if behaviour == "hangs":
-    time.sleep(600)
+    signal.pause()
 if behaviour == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if behaviour == "orphan":
-    code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
-    subprocess.Popen([sys.executable, "-c", code])
+    code = "import signal; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
+    subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE).stdout.readline()
 class Handler(BaseHTTPRequestHandler):
     def reply(self, answer):
         body = json.dumps(answer).encode()
@@ -66,18 +67,18 @@ def demo(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo/expected.json").write_text(json.dumps(EXPECTED))
     monkeypatch.setattr(demo_server, "PROJECT_ROOT", tmp_path)
-    monkeypatch.setattr(demo_server.DemoServer.stop, "__defaults__", (2,))
+    monkeypatch.setattr(demo_server, "KILL_SECONDS", LIMIT)
     monkeypatch.setattr(demo_server.machine, "available_memory", lambda: 100 * demo_server.machine.GB)
 
-    def run(action, behaviour="well", timeout=20):
+    def run(action, behaviour="well", timeout=LIMIT, stop_seconds=LIMIT):
         command = [sys.executable, "-c", FAKE_SERVER, str(port), behaviour]
         monkeypatch.setattr(demo_server, "server_command", lambda *_: command)
-        return demo_server.main([action, "--port", str(port), "--timeout", str(timeout)])
+        return demo_server.main([action, "--port", str(port), "--timeout", str(timeout)], stop_seconds)
 
-    run.server = demo_server.DemoServer(tmp_path / ".demo")
+    run.server = demo_server.DemoServer(tmp_path / ".demo", stop_seconds=1)
     run.port = port
     yield run
-    run.server.stop(2)
+    run.server.stop()
 
 
 def test_start_status_stop(demo, capsys):
@@ -119,11 +120,21 @@ def test_server_that_dies_shows_the_end_of_its_log(demo, capsys):
     assert demo.server.state() is None
 
 
-def test_server_that_hangs_is_stopped(demo, capsys):
-    assert demo("start", "hangs", timeout=1) == 1
+def test_server_that_hangs_is_stopped(demo, capsys, monkeypatch):
+    """Its time is up as soon as it has said something."""
+    launch = demo_server.DemoServer.launch
+
+    def launch_and_listen(server, *arguments):
+        state = launch(server, *arguments)
+        while not server.last_lines(1) and server.process.poll() is None:
+            time.sleep(0.05)
+        return state
+
+    monkeypatch.setattr(demo_server.DemoServer, "launch", launch_and_listen)
+    assert demo("start", "hangs", timeout=0) == 1
     error = capsys.readouterr().err
     assert "loading weights" in error
-    assert "not ready after 1 s" in error
+    assert "not ready after 0 s" in error
     assert demo.server.state() is None
 
 
@@ -155,8 +166,8 @@ def test_port_in_use_starts_nothing(demo, capsys):
 
 def test_server_that_ignores_sigterm_is_killed_and_said_so(demo, capsys):
     assert demo("start", "stubborn") == 0
-    assert demo("stop") == 0
-    assert "were killed, 2 s after SIGTERM" in capsys.readouterr().out
+    assert demo("stop", stop_seconds=1) == 0
+    assert "were killed, 1 s after SIGTERM" in capsys.readouterr().out
     assert not demo_server.machine.port_in_use("127.0.0.1", demo.port)
 
 
@@ -168,7 +179,7 @@ def test_workers_that_outlive_the_server_are_stopped(demo):
     os.kill(state["pid"], signal.SIGKILL)
     while demo.server.is_running(state):
         time.sleep(0.05)
-    assert demo("stop") == 0
+    assert demo("stop", stop_seconds=1) == 0
     assert workers[0] not in demo_server.process_times()
 
 

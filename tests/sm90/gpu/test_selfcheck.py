@@ -107,7 +107,7 @@ selfcheck.serve_child(multiply)
 @pytest.mark.parametrize(
     "body, seconds, words",
     [
-        (ILLEGAL_ADDRESS, selfcheck.RUN_SECONDS, "Error: CUDA error: an illegal memory access"),
+        (ILLEGAL_ADDRESS, 600.0, "Error: CUDA error: an illegal memory access"),
         (HANG, 3.0, "no answer for 3 s: it hangs"),
     ],
     ids=["illegal address", "hang"],

@@ -112,7 +112,7 @@ class Hub:
         self._cuts[file] = _Cut(after, times)
 
     def hold(self, file: str, after: int) -> None:
-        """Let downloads of `file` go on after `after` bytes of content only when the hub is healed."""
+        """Let downloads of `file` go on after `after` bytes of content only when the hub is healed or closed."""
         self._healed.clear()
         self._cuts[file] = _Cut(after, float("inf"), held=True)
 
@@ -132,7 +132,7 @@ class Hub:
             return cut
 
     def wait_until_healed(self) -> None:
-        self._healed.wait(timeout=30)
+        self._healed.wait()
 
     def note(self, request: Request) -> None:
         with self._lock:
