@@ -10,69 +10,57 @@ kernels through CUTEDSL_NVFP4_KERNELS=FOLDER, and compile what is missing there.
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from bench import candidates
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from cutedsl_nvfp4 import compiled
-from cutedsl_nvfp4.sm90 import experts, linear
-from cutedsl_nvfp4.sm90.compile import compile_linear
+from cutedsl_nvfp4.family import ExpertsProblem, Kernel, LinearProblem
+from cutedsl_nvfp4.sm90 import FAMILY
+from cutedsl_nvfp4.sm90.tiles import ExpertTiles
 from devtools.kernels.sass import sm90 as sass
 
-Kernel = tuple[Callable, object, bool]  # what compiles it, its tiles, whether it is an experts kernel
+ARCH = "sm_90a"
+
+
+def by_name(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in kernels}
 
 
 def linear_candidates() -> dict[str, Kernel]:
-    configs = candidates.narrow() + candidates.wide()
-    return {
-        linear.kernel_name(c, torch.bfloat16, False, True): (
-            partial(compile_linear, c, torch.bfloat16),
-            c,
-            False,
-        )
-        for c in configs
-    }
-
-
-def expert_kernels(shipped: dict[str, tuple]) -> dict[str, Kernel]:
-    return {
-        name: (partial(experts.build, *kernel), kernel[1] if kernel[0] == "product" else None, True)
-        for name, kernel in shipped.items()
-    }
+    problem = LinearProblem(64, 64)  # results without a bias, of whole 16-byte pieces
+    tiles = candidates.narrow() + candidates.wide()
+    return by_name(kernel for tile in tiles for kernel in FAMILY.linear.kernels(problem, tile, ARCH))
 
 
 def expert_candidates() -> dict[str, Kernel]:
+    problem = ExpertsProblem(64, 64, 6, 64, 64)
     means = {m * case.topk / case.known for case in EXPERT_CASES for m in EXPERT_TOKENS}
-    configs = {c for mean in means for configs in candidates.experts(mean) for c in configs}
-    products = [("product", c, first) for c in configs for first in (True, False)]
-    others = [*(("route", ctas) for ctas in experts.ROUTE_CTAS), ("combine", 6, torch.bfloat16)]
-    return expert_kernels({experts.kernel_name(*kernel): kernel for kernel in products + others})
+    return by_name(
+        kernel
+        for mean in means
+        for tiles in candidates.experts(mean)
+        for tile in tiles
+        for kernel in FAMILY.experts.kernels(problem, ExpertTiles(tile, tile), ARCH)
+    )
 
 
 def shipped_kernels() -> dict[str, Kernel]:
-    found = {
-        name: (partial(compile_linear, *arguments), arguments[0], False)
-        for name, arguments in linear.shipped_kernels().items()
-    }
-    return found | expert_kernels(experts.shipped_kernels())
+    return FAMILY.shipped(ARCH)
 
 
 SETS = {"linear": linear_candidates, "experts": expert_candidates, "shipped": shipped_kernels}
 
 
-def compile_one(name: str, kernel: Kernel, folder: Path) -> list[str]:
-    build, tiles, is_experts = kernel
+def compile_one(kernel: Kernel, folder: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
-        function = build(options=f"--keep-cubin --dump-dir {scratch}")
+        function = kernel.build(options=f"--keep-cubin --dump-dir {scratch}")
         (cubin,) = Path(scratch).glob("*.cubin")
-        problems = sass.problems(cubin, tiles, is_experts)
+        problems = sass.problems(cubin, kernel)
     if not problems:
-        compiled.export(function, name, folder)
+        compiled.export(function, kernel.name, folder)
     return problems
 
 
@@ -90,7 +78,7 @@ def main() -> None:
     wanted = {name: kernel for chosen in sets for name, kernel in SETS[chosen]().items()}
     wanted = {name: k for name, k in wanted.items() if not (arguments.folder / f"{name}.so").exists()}
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        runs = {name: pool.submit(compile_one, name, k, arguments.folder) for name, k in wanted.items()}
+        runs = {name: pool.submit(compile_one, k, arguments.folder) for name, k in wanted.items()}
         for name, run in runs.items():
             for problem in run.result():
                 print(f"{name} is left out: {problem}", flush=True)

@@ -11,9 +11,10 @@ import torch
 
 from bench.shapes import Shape, model_shapes
 from bench.timing import capture, copies, microseconds
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_experts
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, multiply, synthetic
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4.selfcheck.products import ExpertsLayer, Layer, LinearLayer, multiply
+from cutedsl_nvfp4.selfcheck.synthetic import synthetic_linear
 
 LINEARS = (
     "wq_b/1",
@@ -32,14 +33,14 @@ HIDDEN, INTERMEDIATE = 4096, 2048
 ACT_SCALE = 0.01
 
 
-def linears(device: torch.device) -> Iterator[Layer]:
+def linears(device: torch.device) -> Iterator[LinearLayer]:
     """Flash's linears with random operands; the first one twice: activations with one scale, and one each token."""
     generator = torch.Generator().manual_seed(0)
     for shape in model_shapes():
         model, _, name = shape.name.partition(".")
         if model == "flash" and name in LINEARS:
             out_dtype = torch.float32 if name in FLOAT32 else torch.bfloat16
-            layer = synthetic(
+            layer = synthetic_linear(
                 shape.n,
                 shape.k,
                 out_dtype,
@@ -77,7 +78,7 @@ def experts(device: torch.device) -> ExpertsLayer:
     return ExpertsLayer("flash.experts", operands, TOPK, LOCAL_EXPERTS, None, 10.0)
 
 
-def _copies_of(layer: Layer | ExpertsLayer) -> list[Layer | ExpertsLayer]:
+def _copies_of(layer: Layer) -> list[Layer]:
     """The layer and as many clones of its weights as L2 does not hold."""
     weight = layer.operands
     names = [n for n in vars(weight) if n.endswith(("codes", "block_scales"))]
@@ -88,7 +89,7 @@ def _copies_of(layer: Layer | ExpertsLayer) -> list[Layer | ExpertsLayer]:
     return [layer, *(replace(layer, operands=clone) for clone in clones)]
 
 
-def flashinfer_linear(layer: Layer, x: torch.Tensor) -> Callable[[Layer], torch.Tensor]:
+def flashinfer_linear(layer: LinearLayer, x: torch.Tensor) -> Callable[[LinearLayer], torch.Tensor]:
     """FlashInfer's quantization and product of the same operands; one global scale, so the results differ by rows'."""
     from flashinfer import fp4_quantize, mm_fp4
 

@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+import torch
+
 from bench.blackwell.nvidia_examples import EXAMPLES
+from cutedsl_nvfp4.blackwell.variants import Result
+from cutedsl_nvfp4.family import family_of_arch
 from devtools.kernels.sass.machine_code import MachineCode, read
 
 ARCHITECTURES = ("sm_100a", "sm_103a", "sm_120a")
@@ -37,46 +41,25 @@ class Ours:
 
 def ours(arch: str) -> Iterator[Ours]:
     """Every shipped kernel with a main loop; of those that differ in the type they store, the one for bf16."""
-    family = "sm120" if arch.startswith("sm_12") else "sm100"
+    family = family_of_arch(arch)
     seen = set()
-    for name, kind, tile, build in (*_linears(family, arch), *_experts(family, arch)):
-        if (kind, tile) not in seen:
-            seen.add((kind, tile))
-            yield Ours(name, build, kind, nearest(family, kind, tile))
-
-
-def _linears(family: str, arch: str) -> Iterator[tuple]:
-    import torch
-
-    if family == "sm100":
-        from cutedsl_nvfp4.sm100 import linear
-        from cutedsl_nvfp4.sm100.compile import compile_linear
-    else:
-        from cutedsl_nvfp4.sm120 import linear
-        from cutedsl_nvfp4.sm120.compile import compile_linear
-    for name, arguments in linear.shipped_kernels(arch).items():
-        if torch.bfloat16 in arguments:
-            yield name, "linear", arguments[0], partial(compile_linear, *arguments)
-
-
-def _experts(family: str, arch: str) -> Iterator[tuple]:
-    if family == "sm100":
-        from cutedsl_nvfp4.sm100 import experts
-    else:
-        from cutedsl_nvfp4.sm120 import experts
-    for name, arguments in experts.shipped_kernels(arch).items():
-        if arguments[1] == "product":
-            kind = "w2" if arguments[3] == "rows" else "w13"
-            yield name, kind, arguments[2], partial(experts.build, *arguments)
+    for name, kernel in family.shipped(arch).items():
+        if kernel.tile is None or kernel.out_dtype is torch.float32:
+            continue
+        kind = kernel.kind
+        if kind == "product":
+            kind = "w2" if Result.ROWS in kernel.arguments else "w13"
+        if (kind, kernel.tile) not in seen:
+            seen.add((kind, kernel.tile))
+            yield Ours(name, kernel.build, kind, nearest(family.name, kind, kernel.tile))
 
 
 def nearest(family: str, kind: str, tile: object) -> tuple[int, int]:
     """The example's tile for one of ours: as many tokens and rows, or the fewest it takes."""
     if family == "sm120":
         return min(tile.tokens, 128), 64 if tile.rows <= 64 else 128
-    pair = getattr(tile, "pair", False) or getattr(tile, "ctas", 1) == 2
     columns = next(n for n in (64, 128, 256) if n >= tile.tokens) if kind == "linear" else 128
-    return (256 if pair else 128), columns
+    return 128 * tile.ctas_per_mma, columns
 
 
 @cache

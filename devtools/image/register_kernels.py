@@ -29,8 +29,9 @@ def main() -> int:
 
     from cutedsl_nvfp4 import support
     from cutedsl_nvfp4.vllm import plugin
+    from cutedsl_nvfp4.vllm.backend import current_support
     from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
-    from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel, current_support
+    from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
 
     plugin.register()
     good = True

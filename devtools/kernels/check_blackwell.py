@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -107,30 +106,30 @@ def find_kernels(capability: int, cutlass_dsl: str | None) -> None:
         raise Unusable("nvidia-cutlass-dsl, which compiles the kernels, is not installed")
 
 
-def check_kernels(names: list[str], device: str) -> dict[str, dict]:
+def check_kernels(variants: list, device: str) -> dict[str, dict]:
     """Every kernel in a child process -> {name: {"error": over its limit} or {"failed": why}}.
 
     A failure ends the child; another one goes on with the kernels after it.
     """
-    from cutedsl_nvfp4.selfcheck import child as selfcheck
+    from cutedsl_nvfp4.selfcheck import child
+    from cutedsl_nvfp4.selfcheck.products import SelfCheckFailed
 
     found: dict[str, dict] = {}
-    left = list(names)
+    left = list(variants)
     while left:
         try:
-            errors = selfcheck.check_in_child(left, device)
-        except selfcheck.SelfCheckFailed as failure:
-            doing = re.match(r"(?:running|loading) (.*?): ", str(failure))
-            culprit = doing[1] if doing and doing[1] in left else left[0]
+            errors = child.check_in_child(left, device)
+        except SelfCheckFailed as failure:
+            culprit = failure.variant if failure.variant in left else left[0]
             position = left.index(culprit)
             # the child checked those before it, one after the other; it told no figure for them
-            found.update({name: {"error": None} for name in left[:position]})
-            found[culprit] = {"failed": str(failure)}
+            found.update({str(variant): {"error": None} for variant in left[:position]})
+            found[str(culprit)] = {"failed": str(failure)}
             left = left[position + 1 :]
         else:
-            found.update({name: {"error": error} for name, error in zip(left, errors)})
+            found.update({str(variant): {"error": error} for variant, error in zip(left, errors)})
             left = []
-        print(f"{len(found)} of {len(names)} kernels checked", flush=True)
+        print(f"{len(found)} of {len(variants)} kernels checked", flush=True)
     return found
 
 
@@ -138,12 +137,13 @@ def check_layers(layers: list) -> tuple[int, list[str]]:
     """Every tile of `layers` in this process -> (products that were right, failures)."""
     import torch
 
-    from cutedsl_nvfp4.selfcheck import child as selfcheck
+    from cutedsl_nvfp4.selfcheck import products, report
 
     generator = torch.Generator().manual_seed(0)
     right, failures = 0, []
-    for layer, tile, m in selfcheck.products(layers, MAX_TOKENS, False):
-        check = selfcheck.check_product if isinstance(layer, selfcheck.Layer) else selfcheck.check_experts
+    for layer, tile, m in report.products(layers, MAX_TOKENS, False):
+        linear = isinstance(layer, products.LinearLayer)
+        check = products.check_product if linear else products.check_experts
         try:
             check(layer, m, tile, generator)
             right += 1
@@ -155,11 +155,11 @@ def check_layers(layers: list) -> tuple[int, list[str]]:
 def measure(layers: list) -> list[dict]:
     """Times of every layer at every number of tokens; a row that cannot be timed says why."""
     from bench.blackwell import measure as blackwell
-    from cutedsl_nvfp4.selfcheck import child as selfcheck
+    from cutedsl_nvfp4.selfcheck.products import LinearLayer
 
     rows = []
     for layer in layers:
-        linear = isinstance(layer, selfcheck.Layer)
+        linear = isinstance(layer, LinearLayer)
         for m in blackwell.TOKENS:
             try:
                 rows.append((blackwell.measure_linear if linear else blackwell.measure_experts)(layer, m))
@@ -182,8 +182,8 @@ def run(bench: bool) -> dict:
 
     device = torch.device("cuda", 0)
     layers = [*blackwell.linears(device), blackwell.experts(device)]
-    names = list(dict.fromkeys(name for layer in layers for name in layer.kernels(MAX_TOKENS, False)))
-    report["kernels"] = check_kernels(names, "cuda:0")
+    variants = list(dict.fromkeys(v for layer in layers for v in layer.variants(MAX_TOKENS, False)))
+    report["kernels"] = check_kernels(variants, "cuda:0")
     failed = any("failed" in verdict for verdict in report["kernels"].values())
     report["products"], report["failures"] = (
         (0, ["not run: a kernel failed"]) if failed else check_layers(layers)

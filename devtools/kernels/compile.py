@@ -17,6 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,44 +28,14 @@ ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 
 def kernels(arch: str) -> dict[str, tuple]:
     """{name: (what compiles it, given options; what finds fault with its machine code, given a cubin)} of `arch`."""
-    return hopper_kernels() if arch == "sm_90a" else blackwell_kernels(arch)
+    from cutedsl_nvfp4.family import family_of_arch
 
-
-def hopper_kernels() -> dict[str, tuple]:
-    from cutedsl_nvfp4.sm90 import experts, linear
-    from cutedsl_nvfp4.sm90.compile import compile_linear
-    from devtools.kernels.sass import sm90 as sass
-
-    found = {}
-    for name, arguments in linear.shipped_kernels().items():
-        found[name] = partial(compile_linear, *arguments), partial(sass.problems, config=arguments[0])
-    for name, arguments in experts.shipped_kernels().items():
-        tiles = arguments[1] if arguments[0] == "product" else None
-        problems = partial(sass.problems, config=tiles, experts=True)
-        found[name] = partial(experts.build, *arguments), problems
-    return found
-
-
-def blackwell_kernels(arch: str) -> dict[str, tuple]:
-    from importlib import import_module
-
-    from cutedsl_nvfp4.blackwell import quantize
-    from cutedsl_nvfp4.blackwell.compile import compile_quantize
-
-    family = "sm120" if arch in ("sm_120a", "sm_121a") else "sm100"
-    linear, experts, compiler = (
-        import_module(f"cutedsl_nvfp4.{family}.{name}") for name in ("linear", "experts", "compile")
-    )
-    sass = import_module(f"devtools.kernels.sass.{family}")
-    found = {}
-    for name, arguments in quantize.shipped_kernels(arch).items():
-        found[name] = partial(compile_quantize, *arguments), partial(sass.problems, tile=None)
-    for name, arguments in linear.shipped_kernels(arch).items():
-        found[name] = partial(compiler.compile_linear, *arguments), partial(sass.problems, tile=arguments[0])
-    for name, arguments in experts.shipped_kernels(arch).items():
-        product = arguments[2] if arguments[1] == "product" else None
-        found[name] = partial(experts.build, *arguments), partial(sass.problems, tile=product)
-    return found
+    family = family_of_arch(arch)
+    sass = import_module(f"devtools.kernels.sass.{family.name}")
+    return {
+        name: (kernel.build, partial(sass.problems, kernel=kernel))
+        for name, kernel in family.shipped(arch).items()
+    }
 
 
 def compile_one(name: str, arch: str, folder: Path, sass: bool) -> tuple[str, int, list[str]]:

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from .format import (
-    GROUP_SIZE,
-    check_block_scales,
-    check_global_scale,
-    check_k,
-    padded_k,
-    swizzle_scales,
-    unswizzle_scales,
-)
-from .sm90.layout import pack_experts, pack_in_place
-from .support import Layout
+from . import plain
+from .blackwell import layout as block_scaled
+from .family import Layout
+from .format import GROUP_SIZE, check_block_scales, check_global_scale, check_k
+from .sm90 import layout as sm90
+
+# what lays weights out, and back: the functions of plain.py
+LAYOUTS = {Layout.PLAIN: plain, Layout.SM90: sm90, Layout.BLOCK_SCALED: block_scaled}
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,6 @@ def _check_pair(codes: torch.Tensor, block_scales: torch.Tensor, name: str) -> t
     return n, k
 
 
-def _unsigned(block_scales: torch.Tensor) -> torch.Tensor:
-    """Checked block scales with -0 made 0, in place: the tensor cores' scales (ue4m3) have no sign."""
-    block_scales.view(torch.uint8).bitwise_and_(0x7F)
-    return block_scales
-
-
-def _padded(codes: torch.Tensor) -> torch.Tensor:
-    """Codes with rows of whole 16 bytes: themselves, or where K is an odd number of groups, a copy with zeros."""
-    half = codes.shape[-1]
-    return torch.nn.functional.pad(codes, (0, padded_k(2 * half) // 2 - half)) if half % 16 else codes
-
-
 def segment_row_scale(global_scales: torch.Tensor, segment_sizes: Sequence[int], name: str) -> torch.Tensor:
     """Global scales f32 [S] of fused segments -> f32 [N], each repeated over its segment's rows.
 
@@ -120,15 +105,7 @@ def prepare_linear(
         raise ValueError(f"{name}: segments of {list(segment_sizes)} rows do not add up to N = {n}")
     if n % groups:
         raise ValueError(f"{name}: N = {n} rows do not divide into {groups} groups")
-    if layout is Layout.SM90:
-        grouped = (t.view(groups, n // groups, -1) for t in (codes, block_scales))
-        codes, block_scales = (t.flatten(0, 1) for t in pack_in_place(*grouped))
-    elif layout is Layout.BLOCK_SCALED:
-        codes = _padded(codes)
-        block_scales = _unsigned(block_scales).view(groups, n // groups, -1)
-        block_scales = swizzle_scales(block_scales).flatten(0, 1)
-    else:
-        assert layout is Layout.PLAIN, f"no linear preparation for layout {layout!r}"
+    codes, block_scales = LAYOUTS[layout].lay_out_linear(codes, block_scales, groups)
     return PreparedLinear(codes, block_scales, row_scale, n, k, layout, groups)
 
 
@@ -167,35 +144,33 @@ def prepare_experts(
     w13_row_scale = w13_global_scales.detach().float().reshape(num_experts, 2)
     w13_row_scale = w13_row_scale.repeat_interleave(intermediate, dim=1).contiguous()
     w2_row_scale = w2_global_scales.detach().float().reshape(num_experts, 1).expand(-1, hidden).contiguous()
-    if layout is Layout.SM90:
-        w13_codes, w13_block_scales = pack_experts(w13_codes, w13_block_scales, gate_up=True)
-        w2_codes, w2_block_scales = pack_experts(w2_codes, w2_block_scales, gate_up=False)
-    elif layout is Layout.BLOCK_SCALED:
-        w13_codes, w2_codes = _padded(w13_codes), _padded(w2_codes)
-        w13_block_scales = _unsigned(w13_block_scales).reshape(2 * num_experts, intermediate, -1)
-        w13_block_scales = swizzle_scales(w13_block_scales).unflatten(0, (num_experts, 2)).flatten(1, 2)
-        w2_block_scales = swizzle_scales(_unsigned(w2_block_scales))
-    else:
-        assert layout is Layout.PLAIN, f"no experts preparation for layout {layout!r}"
+    w13_codes, w13_block_scales, w2_codes, w2_block_scales = LAYOUTS[layout].lay_out_experts(
+        w13_codes, w13_block_scales, w2_codes, w2_block_scales
+    )
     return PreparedExperts(
         w13_codes, w13_block_scales, w13_row_scale, w2_codes, w2_block_scales, w2_row_scale, layout
     )
 
 
 def plain_linear(operands: PreparedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Layout.BLOCK_SCALED -> the checkpoint's (codes uint8 [N, K/2], block scales e4m3 [N, K/16], a copy)."""
-    assert operands.layout is Layout.BLOCK_SCALED, operands.layout
-    grouped = operands.block_scales.unflatten(0, (operands.groups, -1))
-    rows = operands.n // operands.groups
-    block_scales = unswizzle_scales(grouped, rows, operands.k // GROUP_SIZE).flatten(0, 1)
-    return operands.codes[:, : operands.k // 2], block_scales
+    """The checkpoint's (codes uint8 [N, K/2], block scales e4m3 [N, K/16]) back from any layout; may be copies."""
+    o = operands
+    return LAYOUTS[o.layout].plain_linear(o.codes, o.block_scales, o.n, o.k, o.groups)
 
 
-def plain_experts(operands: PreparedExperts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Layout.BLOCK_SCALED -> the checkpoint's (w13 codes, block scales, w2 codes, block scales); scales are copies."""
-    assert operands.layout is Layout.BLOCK_SCALED, operands.layout
-    two_i, hidden = operands.w13_row_scale.shape[1], operands.w2_row_scale.shape[1]
-    gate_and_up = operands.w13_block_scales.unflatten(1, (2, -1))
-    w13 = unswizzle_scales(gate_and_up, two_i // 2, hidden // GROUP_SIZE).flatten(1, 2)
-    w2 = unswizzle_scales(operands.w2_block_scales, hidden, two_i // 2 // GROUP_SIZE)
-    return operands.w13_codes[..., : hidden // 2], w13, operands.w2_codes[..., : two_i // 4], w2
+def plain_panels(operands: PreparedLinear, panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain_linear` of the weight's `panels` of 64 rows, int64 [P], counted group by group -> [P, 64, ...].
+
+    Where a group ends inside a panel, what its remaining rows hold is not said.
+    """
+    o = operands
+    return LAYOUTS[o.layout].plain_panels(o.codes, o.block_scales, panels, o.n, o.k, o.groups)
+
+
+def plain_experts(operands: PreparedExperts) -> tuple[torch.Tensor, ...]:
+    """The checkpoint's (w13 codes, block scales, w2 codes, block scales) back from any layout; may be copies."""
+    o = operands
+    return LAYOUTS[o.layout].plain_experts(
+        o.w13_codes, o.w13_block_scales, o.w2_codes, o.w2_block_scales, o.w2_row_scale.shape[1],
+        o.w13_row_scale.shape[1] // 2,
+    )  # fmt: skip

@@ -16,16 +16,16 @@ import torch
 from bench.blackwell import nvidia_examples
 from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.blackwell import quantize as sm100_quantize
+from cutedsl_nvfp4.family import Layout, family_of
 from cutedsl_nvfp4.format import swizzle_scales
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck.products import Layer, SelfCheckFailed, Variant
+from cutedsl_nvfp4.selfcheck.synthetic import check_quantizer, check_variant
 from cutedsl_nvfp4.sm100 import experts as sm100_experts
 from cutedsl_nvfp4.sm100 import linear as sm100_linear
 from cutedsl_nvfp4.sm100.tiles import LinearTile
 from cutedsl_nvfp4.sm120 import experts as sm120_experts
 from cutedsl_nvfp4.sm120 import linear as sm120_linear
-from cutedsl_nvfp4.support import Layout
 from tests.support.emulator.device import Device, on_device
 from tests.support.emulator.host import EmulatedKernel
 from tests.support.emulator.ptx import Fault, Instruction
@@ -142,10 +142,10 @@ def test_linear_compiled_for_their_siblings(device, capability, run):
 @pytest.mark.parametrize(
     "tile",
     [
-        LinearTile(16, False, 9, 4),
-        LinearTile(64, False, 6, 2),
-        LinearTile(128, True, 7),
-        LinearTile(256, True, 5),
+        LinearTile(16, 1, 9, 4),
+        LinearTile(64, 1, 6, 2),
+        LinearTile(128, 2, 7),
+        LinearTile(256, 2, 5),
     ],
     ids=str,
 )
@@ -155,7 +155,7 @@ def test_tiles_that_share_work(device, tile):
     problem = Problem(
         m=12 if tile.tokens < 32 else tile.tokens + 7, n=400, k=1104 if tile.split_k > 1 else 528
     )
-    result = problem.multiply(functools.partial(sm100_linear.run, config=tile))
+    result = problem.multiply(functools.partial(sm100_linear.run, tile=tile))
     assert far(result, problem.right) < 1e-6
 
 
@@ -363,17 +363,15 @@ def test_a_kernel_that_does_not_wait_is_seen():
 # --- the self-check ---
 
 
-def emulated(
-    inputs: tuple[torch.Tensor, ...], layer: Layer | ExpertsLayer, tile: object, out: torch.Tensor
-) -> None:
-    """selfcheck.multiply, with everything on the emulated device."""
+def emulated(inputs: tuple[torch.Tensor, ...], layer: Layer, tile: object, out: torch.Tensor) -> None:
+    """Layer.multiply, with everything on the emulated device."""
 
     def moved(data: object) -> object:
         tensors = {n: on_device(v) for n, v in vars(data).items() if isinstance(v, torch.Tensor)}
         return replace(data, **tensors)
 
     layer = replace(moved(layer), operands=moved(layer.operands))
-    selfcheck.multiply(tuple(map(on_device, inputs)), layer, tile, on_device(out))
+    layer.multiply(tuple(map(on_device, inputs)), tile, on_device(out))
 
 
 def emulated_quantizer(x: torch.Tensor, scale: torch.Tensor | None, groups: int) -> list[torch.Tensor]:
@@ -381,15 +379,15 @@ def emulated_quantizer(x: torch.Tensor, scale: torch.Tensor | None, groups: int)
     return [t.as_subclass(torch.Tensor) for t in result]
 
 
-def self_checked(capability: int, kind: str) -> str:
-    """The name of a kernel with a small tile, or of the kernels of experts' smallest tiles."""
-    arch = f"sm_{capability}a"
-    linear, experts = (sm100_linear, sm100_experts) if capability == 100 else (sm120_linear, sm120_experts)
+def self_checked(capability: int, kind: str) -> Variant:
+    """A kernel with a small tile, or the kernels of experts' smallest tiles."""
+    found = family_of(capability)
+    (arch,) = (arch for arch in found.architectures if str(capability) in arch)
     if kind == "linear":
-        return next(
-            n for n in linear.shipped_kernels(arch) if n.startswith(f"nvfp4_linear_sm{capability}a_16_")
-        )
-    return f"{selfcheck.EXPERTS}{arch} static {next(iter(experts.tiles_by_name()))}"
+        kernels = found.linear.shipped(arch).values()
+        return Variant(found.name, arch, kind, next(k.name for k in kernels if k.tile.tokens == 16))
+    smallest = min(found.experts.choices().items(), key=lambda choice: choice[1].tokens)
+    return Variant(found.name, arch, kind, smallest[0], static=True)
 
 
 SELF_CHECKED = [(capability, kind) for capability in (100, 120) for kind in ("linear", "experts")]
@@ -398,14 +396,13 @@ SELF_CHECKED = [(capability, kind) for capability in (100, 120) for kind in ("li
 @pytest.mark.parametrize("capability, kind", SELF_CHECKED)
 def test_self_check_passes(device, capability, kind):
     device(capability, sms=4)
-    name = self_checked(capability, kind)
-    assert selfcheck.check_kernel(name, 2, torch.device("cpu"), emulated) <= 1
+    variant = self_checked(capability, kind)
+    assert check_variant(variant, 2, torch.device("cpu"), emulated) <= 1
 
 
 def test_self_check_of_the_quantizer(device):
     device(sms=4)
-    name = "nvfp4_quantize_sm100a_dynamic"
-    assert selfcheck.check_quantizer(name, torch.device("cpu"), emulated_quantizer) == 0
+    assert check_quantizer(True, torch.device("cpu"), emulated_quantizer) == 0
 
     def one_code_off(*arguments: object) -> list[torch.Tensor]:
         codes, scales, act_scale = emulated_quantizer(*arguments)
@@ -413,13 +410,13 @@ def test_self_check_of_the_quantizer(device):
         return [codes, scales, act_scale]
 
     with pytest.raises(SelfCheckFailed, match=r"1 of .* values differ"):
-        selfcheck.check_quantizer(name, torch.device("cpu"), one_code_off)
+        check_quantizer(True, torch.device("cpu"), one_code_off)
 
 
 @pytest.mark.parametrize("fault", planted(emulated))
 @pytest.mark.parametrize("capability, kind", SELF_CHECKED)
 def test_self_check_sees_every_planted_fault(device, capability, kind, fault):
     device(capability, sms=4)
-    name = self_checked(capability, kind)
+    variant = self_checked(capability, kind)
     with pytest.raises(SelfCheckFailed):
-        selfcheck.check_kernel(name, 2, torch.device("cpu"), planted(emulated)[fault])
+        check_variant(variant, 2, torch.device("cpu"), planted(emulated)[fault])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cutedsl_nvfp4 import ops, reference, support
+from cutedsl_nvfp4 import family, ops, reference
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS = 64, 32, 6
@@ -28,7 +29,7 @@ def linear_arguments(
     quantize_activations, act_scale = MODES[mode]
     return (
         gaussian(m, groups * k, dtype=dtype), *random_weight(n, k), torch.linspace(0.1, 1, n),
-        act_scale, bias, n, k, groups, quantize_activations, out_dtype,
+        act_scale, bias, n, k, groups, quantize_activations, out_dtype, str(Layout.PLAIN),
     )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def experts_arguments(random_weight, m, mode, dtype=torch.bfloat16, expert_map=N
         *random_weight(NUM_EXPERTS, HIDDEN, INTERMEDIATE, seed=2),
         torch.rand(NUM_EXPERTS, HIDDEN, generator=generator) * 0.1,
         weights, ids.to(torch.int32), act_scale, act_scale, expert_map, quantize_activations, limit, dtype,
+        str(Layout.PLAIN),
     )  # fmt: skip
 
 
@@ -129,11 +131,11 @@ def test_experts_opcheck_over_dtypes_with_a_map_and_no_clamp(e4m3_comparable, ra
 @pytest.mark.parametrize("groups", [1, 2])
 def test_linear_is_the_reference(random_weight, mode, groups):
     bias = gaussian(8 * groups, seed=1)
-    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype = linear_arguments(
-        random_weight, 5, mode, groups, bias=bias
+    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype, layout = (
+        linear_arguments(random_weight, 5, mode, groups, bias=bias)
     )
     got = torch.ops.cutedsl.nvfp4_linear(
-        x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype
+        x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype, layout
     )
     expected = reference.linear(
         x, codes, scales, row_scale, act_scale, bias,
@@ -146,7 +148,7 @@ def test_linear_is_the_reference(random_weight, mode, groups):
 def test_experts_are_the_reference(random_weight, mode):
     expert_map = torch.tensor([0, 1, -1, 2, -1, 3], dtype=torch.int32)
     arguments = experts_arguments(random_weight, 5, mode, expert_map=expert_map, limit=0.5)
-    *tensors, quantized, limit, out_dtype = arguments
+    *tensors, quantized, limit, out_dtype, _ = arguments
     expected = reference.experts(
         *tensors, quantize_activations=quantized, swiglu_limit=limit, out_dtype=out_dtype
     )
@@ -196,16 +198,16 @@ def test_a_device_without_kernels_is_refused_unless_the_reference_is_asked_for(m
     with pytest.raises(
         RuntimeError, match=r"cutedsl::nvfp4_linear has no kernel for xpu.*CUTEDSL_NVFP4_IMPL=reference"
     ):
-        ops._require_kernel(torch.device("xpu"), "nvfp4_linear")
+        ops._require_reference(torch.device("xpu"), "nvfp4_linear", False)
     monkeypatch.setenv("CUTEDSL_NVFP4_IMPL", "reference")
-    ops._require_kernel(torch.device("xpu"), "nvfp4_linear")
+    ops._require_reference(torch.device("xpu"), "nvfp4_linear", False)
 
 
 # --- through the compiler ---
 
 
 class Layer(torch.nn.Module):
-    """Every op once, as a model calls them: linear -> experts -> a linear layer in float32, and quantize."""
+    """Every op once, as a model calls them: linear -> experts -> a linear layer in float32."""
 
     def __init__(self, random_weight, quantize_activations: bool):
         super().__init__()
@@ -218,13 +220,23 @@ class Layer(torch.nn.Module):
     def linear(self, x, out_dtype):
         return torch.ops.cutedsl.nvfp4_linear(
             x, self.codes, self.block_scales, self.row_scale, None, None,
-            HIDDEN, HIDDEN, 1, self.quantize_activations, out_dtype,
+            HIDDEN, HIDDEN, 1, self.quantize_activations, out_dtype, str(Layout.PLAIN),
         )  # fmt: skip
 
     def forward(self, x, weights, ids):
         x = self.linear(torch.nn.functional.silu(x), x.dtype)
         x = x + torch.ops.cutedsl.nvfp4_experts(
-            x, *self.experts, weights, ids, None, None, None, self.quantize_activations, 10.0, x.dtype
+            x,
+            *self.experts,
+            weights,
+            ids,
+            None,
+            None,
+            None,
+            self.quantize_activations,
+            10.0,
+            x.dtype,
+            str(Layout.PLAIN),
         )
         return self.linear(x, torch.float32) * 2
 
@@ -258,69 +270,74 @@ def test_compiles_into_one_graph_for_every_number_of_tokens(random_weight, quant
 
 @pytest.fixture
 def launched(monkeypatch) -> list:
-    """The calls Blackwell's kernels would get: (operation, arguments, named arguments)."""
+    """The calls that kernels of a B200 would get: (operation, arguments, named arguments)."""
     calls = []
 
-    class Kernels:
-        def __init__(self, operation: str):
-            self.operation = operation
-
-        def run(self, x, *arguments, **named):
-            calls.append((self.operation, (x, *arguments), named))
+    def run_of(operation):
+        def run(x, *arguments, **named):
+            calls.append((operation, (x, *arguments), named))
             return x.new_zeros((x.shape[0], named.get("n", x.shape[1])), dtype=named["out_dtype"])
 
-    monkeypatch.setattr(support, "block_scaled_kernels", lambda operation, device: Kernels(operation))
+        return run
+
+    monkeypatch.setattr(family, "capability_of", lambda device: 100)
+    for operation in ("linear", "experts"):
+        monkeypatch.setattr(getattr(family.family_of(100), operation), "run", run_of(operation))
     return calls
 
 
 @pytest.mark.parametrize("mode", ["w4a4 static", "w4a4 dynamic"])
 def test_block_scaled_linear_reaches_the_kernel(random_weight, launched, mode):
-    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype = linear_arguments(
-        random_weight, 5, mode, groups=2, bias=gaussian(16)
+    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype, layout = (
+        linear_arguments(random_weight, 5, mode, groups=2, bias=gaussian(16))
     )
-    operands = prepare_linear(
-        codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED, groups=groups
-    )
+    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=Layout.BLOCK_SCALED, groups=groups)
     weight = operands.codes, operands.block_scales, operands.row_scale
-    out = ops.nvfp4_linear(x, *weight, act_scale, bias, n, k, groups, quantized, out_dtype)
+    out = ops.nvfp4_linear(
+        x, *weight, act_scale, bias, n, k, groups, quantized, out_dtype, str(Layout.BLOCK_SCALED)
+    )
     ((operation, arguments, named),) = launched
     assert operation == "linear" and out.shape == (5, n)
     for got, want in zip(arguments, (x, *weight, act_scale, bias), strict=True):
         assert got is want or got.data_ptr() == want.data_ptr()
-    assert named == {"n": n, "k": k, "groups": groups, "out_dtype": out_dtype}
+    assert named == {
+        "n": n, "k": k, "groups": groups, "out_dtype": out_dtype, "batch_invariant": False
+    }  # fmt: skip
 
 
 def test_block_scaled_experts_reach_the_kernel(random_weight, launched):
     x, w13, w13_scales, _, w2, w2_scales, _, *rest = experts_arguments(random_weight, 5, "w4a4 static")
     operands = prepare_experts(
         w13, w13_scales, torch.ones(NUM_EXPERTS, 2), w2, w2_scales, torch.ones(NUM_EXPERTS),
-        layout=support.Layout.BLOCK_SCALED,
+        layout=Layout.BLOCK_SCALED,
     )  # fmt: skip
     weights = [value for value in vars(operands).values() if isinstance(value, torch.Tensor)]
-    ops.nvfp4_experts(x, *weights, *rest)
+    ops.nvfp4_experts(x, *weights, *rest[:-1], str(Layout.BLOCK_SCALED))
     ((operation, arguments, named),) = launched
     assert operation == "experts" and len(arguments) == 12
     assert (named["hidden"], named["intermediate"], named["swiglu_limit"]) == (HIDDEN, INTERMEDIATE, 10.0)
 
 
 def test_block_scaled_operands_have_no_other_arithmetic(random_weight, launched):
-    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype = linear_arguments(
+    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype, _ = linear_arguments(
         random_weight, 5, "w4a16"
     )
-    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED)
+    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=Layout.BLOCK_SCALED)
     weight = operands.codes, operands.block_scales, operands.row_scale
     with pytest.raises(ValueError, match="prepared for Blackwell are multiplied in W4A4 only"):
-        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, False, out_dtype)
+        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, False, out_dtype, str(Layout.BLOCK_SCALED))
     with pytest.raises(ValueError, match="do not promise batch-invariant results"):
-        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, True, out_dtype, True)
+        ops.nvfp4_linear(
+            x, *weight, None, bias, n, k, groups, True, out_dtype, str(Layout.BLOCK_SCALED), True
+        )
     assert not launched
 
 
 def test_block_scaled_operands_on_another_device_are_refused(random_weight):
-    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype = linear_arguments(
+    x, codes, scales, row_scale, _, bias, n, k, groups, _, out_dtype, _ = linear_arguments(
         random_weight, 5, "w4a16"
     )
-    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=support.Layout.BLOCK_SCALED)
+    operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=Layout.BLOCK_SCALED)
     weight = operands.codes, operands.block_scales, operands.row_scale
     with pytest.raises(ValueError, match="multiplied on a CUDA device, got cpu"):
-        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, True, out_dtype)
+        ops.nvfp4_linear(x, *weight, None, bias, n, k, groups, True, out_dtype, str(Layout.BLOCK_SCALED))

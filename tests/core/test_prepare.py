@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.format import padded_k, swizzle_128x4
 from cutedsl_nvfp4.prepare import (
     plain_experts,
@@ -12,7 +13,6 @@ from cutedsl_nvfp4.prepare import (
     segment_row_scale,
 )
 from cutedsl_nvfp4.sm90.layout import pack_in_place, pack_linear
-from cutedsl_nvfp4.support import Layout
 
 NAME = "model.layers.3.attn.wq_a"
 

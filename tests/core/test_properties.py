@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cutedsl_nvfp4 import ops, reference
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.format import decode_e2m1, global_scale_from_divisor, unpack_codes
 from cutedsl_nvfp4.prepare import PreparedLinear, prepare_experts, prepare_linear
-from cutedsl_nvfp4.support import Layout
 
 FUZZ = settings(max_examples=100, deadline=None)
 NAME = "model.layers.7.attn.wq_b"
@@ -46,7 +46,7 @@ def multiply(
 ) -> torch.Tensor:
     return torch.ops.cutedsl.nvfp4_linear(
         x, p.codes, p.block_scales, p.row_scale, scales.get("act_scale"), None, p.n, p.k, groups, quantized,
-        torch.float32,
+        torch.float32, str(p.layout),
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from bench.shapes import EXPERT_CASES, model_shapes
 from cutedsl_nvfp4.sm90 import tiles
-from cutedsl_nvfp4.sm100 import expert_tiles as expert_tiles100
 from cutedsl_nvfp4.sm100 import tiles as tiles100
 from cutedsl_nvfp4.sm120 import tiles as tiles120
 
@@ -62,7 +61,7 @@ def _blackwell_experts(module, case):
 EXPERTS = {
     "sm90": partial(_sm90_experts, batch_invariant=False),
     "sm90 batch invariant": partial(_sm90_experts, batch_invariant=True),
-    "sm100": partial(_blackwell_experts, expert_tiles100),
+    "sm100": partial(_blackwell_experts, tiles100),
     "sm120": partial(_blackwell_experts, tiles120),
 }
 

@@ -1,10 +1,6 @@
 """Every shipped Blackwell kernel compiles without a GPU, uses the FP4 tensor cores and spills nothing."""
 
-import json
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,70 +8,55 @@ import torch
 
 from cutedsl_nvfp4 import format, settings
 from cutedsl_nvfp4.blackwell import quantize
-from cutedsl_nvfp4.sm100 import linear
-from cutedsl_nvfp4.sm100.compile import compile_linear, compile_quantize
-from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, TENSOR_MEMORY, LinearTile, choose, shipped
-from devtools.kernels.sass import sm100 as sass
-from tests.support.paths import ROOT
+from cutedsl_nvfp4.family import LinearProblem
+from cutedsl_nvfp4.sm100 import experts, linear
+from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, TENSOR_COLUMNS, LinearTile, choose, shipped
+from devtools.kernels.sass import machine_code
+from tests.support.compiling import compile_ahead, problems
 
-COMPILE_KERNELS = ROOT / "devtools/kernels/compile.py"
 ARCHITECTURES = ("sm_100a", "sm_103a")
-LINEAR = {name: kernel for arch in ARCHITECTURES for name, kernel in linear.shipped_kernels(arch).items()}
-QUANTIZE = {
+KERNELS = {
     name: kernel
-    for arch in (*ARCHITECTURES, "sm_120a")
-    for name, kernel in quantize.shipped_kernels(arch).items()
+    for arch in ARCHITECTURES
+    for kernels in (linear.shipped(arch), experts.shipped(arch), quantize.shipped(arch))
+    for name, kernel in kernels.items()
 }
 
 
-def cubin(tmp_path: Path, compile_kernel, *arguments) -> Path:
-    compile_kernel(*arguments, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (found,) = tmp_path.glob("*.cubin")
-    return found
+def kernel_of(tile, arch="sm_100a"):
+    _, product = linear.kernels(LinearProblem(64, 64), tile, arch)
+    return product
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_linear_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
-    tile, *_ = LINEAR[name]
-    assert sass.problems(cubin(tmp_path, compile_linear, *LINEAR[name]), tile) == []
-
-
-@pytest.mark.parametrize("name", QUANTIZE)
-def test_quantizer_compiles_without_spills(name, tmp_path):
-    assert sass.problems(cubin(tmp_path, compile_quantize, *QUANTIZE[name]), None) == []
+@pytest.mark.parametrize("name", [*KERNELS, *quantize.shipped("sm_120a")])
+def test_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
+    kernel = {**KERNELS, **quantize.shipped("sm_120a")}[name]
+    assert problems(kernel, tmp_path, "sm100") == []
+    if kernel.kind == "product":
+        (compiled,) = tmp_path.glob("*.cubin")
+        code = machine_code.read(compiled)
+        assert code.registers * kernel.tile.threads <= 65536
+        copies = sum(count for opcode, count in code.other.items() if opcode.startswith("UTCCP"))
+        assert copies == 4 * (kernel.tile.panels + kernel.tile.scale_atoms)
 
 
 def test_wrong_machine_code_is_noticed(tmp_path):
     """The reader of machine code can say no: this kernel's MMAs are those of one CTA."""
-    found = cubin(tmp_path, compile_linear, LinearTile(128, False, 5), torch.bfloat16, "sm_100a")
-    (wrong,) = sass.problems(found, LinearTile(128, True, 5))
+    (wrong,) = problems(kernel_of(LinearTile(128, 1, 5)), tmp_path, "sm100", kernel_of(LinearTile(128, 2, 5)))
     assert wrong.startswith("tensor core instructions in the main loop: {'UTCOMMA.4X': 4} instead of")
 
 
 def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
     """Exported and linked by devtools/kernels/compile.py, for two architectures side by side, then loaded by name."""
+    loaded = []
     for arch in ARCHITECTURES:
-        product = linear.kernel_name(LinearTile(16, False, 9), torch.bfloat16, arch)
-        kept = {product: linear.shipped_kernels(arch)[product]}
-        code = (
-            "import runpy, sys; from cutedsl_nvfp4.sm100 import experts, linear; "
-            f"kept = {list(kept)!r}; shipped = linear.shipped_kernels; "
-            "linear.shipped_kernels = lambda arch: {name: shipped(arch)[name] for name in kept}; "
-            "experts.shipped_kernels = lambda arch: {'nvfp4_experts_' + arch: (arch, 'route')}; "
-            f"sys.argv = ['compile_kernels', {str(tmp_path / arch)!r}, '--arch', {arch!r}, '--jobs', '1', '--sass']; "
-            f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
-        )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        manifest = json.loads((tmp_path / arch / "manifest.json").read_text())
-        expected = [product, *quantize.shipped_kernels(arch), f"nvfp4_experts_{arch}"]
-        assert manifest["kernels"] == sorted(expected)
-        assert manifest["architecture"] == arch
+        route = experts.shipped(arch)[f"nvfp4_experts_{arch.replace('_', '')}_route"]
+        kernels = [kernel_of(LinearTile(16, 1, 9), arch), quantize.kernel(True, arch), route]
+        compile_ahead(tmp_path, arch, [kernel.name for kernel in kernels])
+        loaded += kernels
     monkeypatch.setenv(settings.KERNELS, str(tmp_path))
     monkeypatch.setenv(settings.FORBID_JIT, "1")
-    for arch in ARCHITECTURES:
-        assert callable(linear.load(linear.kernel_name(LinearTile(16, False, 9), torch.bfloat16, arch)))
-        assert callable(quantize.load(quantize.kernel_name(True, arch)))
+    assert all(callable(kernel.load()) for kernel in loaded)
 
 
 # --- which tile for which problem ---
@@ -98,15 +79,15 @@ def test_choice_is_shipped_and_takes_the_tokens(problem):
 
 def test_few_tokens_of_a_small_weight_share_k_and_many_tokens_a_pair():
     assert choose(2048, 7168, 1).split_k > 1 and choose(2048, 7168, 1).tokens == 16
-    assert choose(16384, 7168, 4096) == LinearTile(256, True, 5)
+    assert choose(16384, 7168, 4096) == LinearTile(256, 2, 5)
 
 
 @pytest.mark.parametrize("tile", shipped(), ids=str)
 def test_shipped_tiles_fit(tile):
     tile.check()
-    assert tile.shared_memory <= SHARED_MEMORY and tile.tensor_memory <= TENSOR_MEMORY
+    assert tile.shared_memory <= SHARED_MEMORY and tile.tensor_memory <= TENSOR_COLUMNS
     last = tile.accumulator_stride + tile.tokens + tile.scale_columns
-    assert last <= tile.tensor_memory and (last == TENSOR_MEMORY) == tile.overlaps
+    assert last <= tile.tensor_memory and (last == TENSOR_COLUMNS) == tile.overlaps
 
 
 @pytest.mark.parametrize(
@@ -114,8 +95,8 @@ def test_shipped_tiles_fit(tile):
     [
         (LinearTile(48), "tokens must be"),
         (LinearTile(256), "take a pair"),
-        (LinearTile(32, True), "at least 64 tokens"),
-        (LinearTile(128, True, 4, 2), "shares no K"),
+        (LinearTile(32, 2), "at least 64 tokens"),
+        (LinearTile(128, 2, 4, 2), "shares no K"),
         (LinearTile(16, split_k=3), "split_k must be"),
         (LinearTile(16, stages=1), "at least 2 stages"),
         (LinearTile(128, stages=7), "bytes of shared memory"),

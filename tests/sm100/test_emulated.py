@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cutedsl_nvfp4.sm100.expert_tiles import shipped_expert_tiles
-from tests.sm100.test_experts import SCALES, both, layer, routing
+from cutedsl_nvfp4.sm100.tiles import shipped_expert_tiles
+from tests.support.blackwell_experts import SCALES, both, layer, routing
 from tests.support.emulator import device
 
 
@@ -20,7 +20,7 @@ def test_every_tile(monkeypatch, random_weight, tiles, policy):
     x = torch.randn(m, hidden, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
     operands = layer(random_weight, 1, hidden, intermediate)
     weights, ids = routing(m, 1, 1)
-    got, expected = both(operands, x, weights, ids, SCALES[policy], config=tiles, place=device.on_device)
+    got, expected = both(operands, x, weights, ids, SCALES[policy], tiles=tiles, place=device.on_device)
     got = got.as_subclass(torch.Tensor)
     assert got.isfinite().all()
     assert (got - expected).norm() / expected.norm() < 4e-3

@@ -1,212 +1,39 @@
 """Blackwell's experts without the chip: host path with kernels emulated in torch, layouts, machine code."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cutedsl_nvfp4 import reference, support
-from cutedsl_nvfp4.format import GROUP_SIZE, swizzle_scales, unswizzle_scales
-from cutedsl_nvfp4.prepare import plain_experts, prepare_experts
-from cutedsl_nvfp4.sm100 import experts
-from cutedsl_nvfp4.sm100.expert_tiles import (
+from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.format import swizzle_scales
+from cutedsl_nvfp4.sm100.tiles import (
     ExpertTiles,
     GroupedTile,
     choose_experts,
     chosen_experts,
     shipped_expert_tiles,
 )
-from cutedsl_nvfp4.support import Layout
-from devtools.kernels.sass import machine_code
-from devtools.kernels.sass import sm100 as sass
+from tests.support.blackwell_experts import SCALES, both, emulate, layer, routing, write
 
-LIMIT = 7.0
 SMALL = ExpertTiles(GroupedTile(16, 2), GroupedTile(16, 2, panels=1))
-
-
-# --- what each kernel's docstring says, in torch ---
-
-
-def route(ids, known, pair_of_slot, places, table, has_map, count, tokens):
-    local = ids.long()
-    if has_map:
-        inside = (local >= 0) & (local < known.numel())
-        local = torch.where(inside, known.long()[local.clamp(0, known.numel() - 1)], -1)
-    local[local >= count] = -1
-    places.fill_(-1)
-    tile = 0
-    for expert in range(count):
-        pairs = (local == expert).nonzero().flatten().flip(0)  # no order is promised
-        for some in pairs.split(tokens) if len(pairs) else ():
-            slots = tile * tokens + torch.arange(len(some))
-            pair_of_slot[slots], places[some] = some.int(), slots.int()
-            tile += 1
-            table[tile, :3] = torch.tensor([expert, (tile - 1) * tokens, len(some)])
-    table[0, 0] = tile
-
-
-def tiles_of(table):
-    return [(tile, *entry[:3]) for tile, entry in enumerate(table[1 : 1 + table[0, 0]].tolist())]
-
-
-def write(slots, rounded, codes, scales, tokens):
-    """NVFP4 rows into slots: codes by slot, scales into the atoms of each slot's tile."""
-    atoms = -(-tokens // 128)
-    codes[slots, : rounded[0].shape[1]] = rounded[0]
-    groups = torch.zeros(len(slots), scales.shape[1] * 4, dtype=torch.uint8)
-    groups[:, : rounded[1].shape[1]] = rounded[1].view(torch.uint8)
-    for slot, row in zip(slots.tolist(), groups, strict=True):
-        line = slot % tokens
-        tile = scales[slot // tokens * atoms + line // 128]  # [KB, 32, 16]
-        tile[:, line % 32, line % 128 // 32 * 4 : line % 128 // 32 * 4 + 4] = row.view(-1, 4)
-
-
-def gather(scale, from_slots, x, places, table, act_scale, codes, scales, topk, tokens):
-    if from_slots:
-        slots = torch.tensor(
-            [first + i for _, _, first, count in tiles_of(table) for i in range(count)]
-        ).long()
-        rows = x[slots]
-    else:
-        pairs = (places >= 0).nonzero().flatten()
-        slots, rows = places[pairs].long(), x[pairs // topk]
-    if scale == "token":
-        act_scale[slots] = reference.dynamic_act_scale(rows)
-        of_row = act_scale[slots]
-    else:
-        experts_of = torch.full((codes.shape[0] // tokens,), -1)
-        for tile, expert, _, _ in tiles_of(table):
-            experts_of[tile] = expert
-        of_row = act_scale[experts_of[slots // tokens]] if scale == "expert" else act_scale
-    write(slots, reference.quantize(rows, of_row.view(-1, 1)), codes, scales, tokens)
-
-
-def product(
-    tile, result, weights, weight_scales, row_scale, codes, scales, act_scale, table, pairs, out, out_scales,
-    out_act_scale, by_slot, by_expert, out_by_expert, limit, ctas,
-):  # fmt: skip
-    assert ctas == 148
-    matrices = 1 if result == "rows" else 2
-    n, k = weights.shape[1] // matrices, weights.shape[2] * 2  # k with its padding, whose scales are zero
-    atoms = -(-tile.tokens // 128)
-    for index, expert, first, count in tiles_of(table):
-        assert first == index * tile.tokens and 1 <= count <= tile.tokens
-        slots = first + torch.arange(count)
-        values = unswizzle_scales(scales[index * atoms : (index + 1) * atoms], atoms * 128, k // GROUP_SIZE)
-        tokens = reference.dequantize(codes[slots], values[:count])
-        of_expert = weight_scales[expert].unflatten(0, (matrices, -1))
-        block_scales = unswizzle_scales(of_expert, n, k // GROUP_SIZE).flatten(0, 1)
-        scale = act_scale[by_slot * slots + by_expert * expert].view(-1, 1)
-        sums = tokens @ reference.dequantize(weights[expert], block_scales).T * row_scale[expert] * scale
-        if result == "rows":
-            out[pairs[slots].long()] = sums.to(torch.bfloat16)
-            continue
-        h = reference.swiglu(*sums.chunk(2, dim=-1), limit).to(torch.bfloat16)
-        if result == "bf16":
-            out[slots] = h
-        else:
-            write(
-                slots,
-                reference.quantize(h, out_act_scale[out_by_expert * expert]),
-                out,
-                out_scales,
-                tile.tokens,
-            )
-
-
-def combine(topk, dtype, y, ids, known, weights, out, has_map, count):
-    local = ids.long()
-    if has_map:
-        inside = (local >= 0) & (local < known.numel())
-        local = torch.where(inside, known.long()[local.clamp(0, known.numel() - 1)], -1)
-    chosen = ((local >= 0) & (local < count)).view(-1, topk, 1)
-    rows = torch.where(chosen, y.float().view(-1, topk, y.shape[1]), torch.zeros(()))
-    out.copy_((rows * weights.view(-1, topk, 1)).sum(1).to(dtype))
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """`experts.run` on CPU tensors, with kernels emulated; the list of (kind, arguments) that it launched."""
-    kernels = {"route": route, "gather": gather, "product": product, "combine": combine}
-    calls = []
-
-    def kernel(arch, kind, *arguments):
-        assert experts.kernel_name(arch, kind, *arguments).startswith("nvfp4_experts_sm100a_")
-        calls.append((kind, *arguments))
-        return lambda *operands: kernels[kind](*arguments, *operands)
-
-    def scratch(*args, **kwargs):
-        fresh = real(*args, **kwargs)
-        return fresh.fill_(
-            0x7F if fresh.dtype == torch.uint8 else -77 if fresh.dtype == torch.int32 else math.nan
-        )
-
-    real = torch.empty
-    monkeypatch.setattr(experts.torch, "empty", scratch)
-    monkeypatch.setattr(experts, "_kernel", kernel)
-    monkeypatch.setattr(experts, "sm_count", lambda device: 148)
-    monkeypatch.setattr(support, "capability_of", lambda device: 100)
-    return calls
-
-
-def layer(random_weight, count=5, hidden=256, intermediate=96):
-    w13 = random_weight(count, 2 * intermediate, hidden, seed=1)
-    w2 = random_weight(count, hidden, intermediate, seed=2)
-    generator = torch.Generator().manual_seed(3)
-    scales = [torch.rand(*shape, generator=generator) * 0.01 + 0.002 for shape in ((count, 2), (count,))]
-    return prepare_experts(w13[0], w13[1], scales[0], w2[0], w2[1], scales[1], layout=Layout.BLOCK_SCALED)
-
-
-def both(
-    w, x, weights, ids, scales, expert_map=None, config=None, dtype=torch.float32, place=lambda tensor: tensor
-):
-    """(experts.run, on operands that `place` puts on the device, and reference.experts) of the same layer."""
-    operands = (
-        x, w.w13_codes, w.w13_block_scales, w.w13_row_scale, w.w2_codes, w.w2_block_scales, w.w2_row_scale, weights,
-        ids, *scales, expert_map,
-    )  # fmt: skip
-    got = experts.run(
-        *(None if operand is None else place(operand) for operand in operands),
-        hidden=x.shape[1],
-        intermediate=w.w13_row_scale.shape[1] // 2,
-        swiglu_limit=LIMIT,
-        out_dtype=dtype,
-        config=config,
-    )
-    w13, w13_scales, w2, w2_scales = plain_experts(w)
-    known = ids
-    if expert_map is not None:
-        known = torch.where((ids >= 0) & (ids < len(expert_map)), ids, torch.full_like(ids, -1))
-    expected = reference.experts(
-        x, w13, w13_scales, w.w13_row_scale, w2, w2_scales, w.w2_row_scale, weights, known, *scales, expert_map,
-        quantize_activations=True, swiglu_limit=LIMIT, out_dtype=torch.float32,
-    )  # fmt: skip
-    return got, expected
-
-
-def routing(m, topk, known, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(m, known, generator=generator).argsort(1)[:, :topk].to(torch.int32)
-    return torch.rand(m, topk, generator=generator), ids
-
-
-SCALES = {
-    "tensor": (torch.tensor([0.002]), torch.tensor([0.05])),
-    "expert": (torch.linspace(0.001, 0.003, 5), torch.linspace(0.02, 0.08, 5)),
-    "token": (None, None),
-    "mixed": (None, torch.tensor([0.05])),
-}
+    return emulate(monkeypatch, 100)
 
 
 @pytest.mark.parametrize("policy", SCALES)
 @pytest.mark.parametrize("m, topk, tokens", [(1, 3, 16), (70, 3, 16), (200, 4, 192)])
 def test_host_path_is_the_reference(random_weight, launched, policy, m, topk, tokens):
     x = torch.randn(m, 256, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
-    config = ExpertTiles(
-        GroupedTile(tokens, 2, ctas=1 + tokens // 192), GroupedTile(tokens, 2, ctas=1 + tokens // 192)
+    tiles = ExpertTiles(
+        GroupedTile(tokens, 2, ctas_per_mma=1 + tokens // 192),
+        GroupedTile(tokens, 2, ctas_per_mma=1 + tokens // 192),
     )
-    got, expected = both(layer(random_weight), x, *routing(m, topk, 5), SCALES[policy], config=config)
+    got, expected = both(layer(random_weight), x, *routing(m, topk, 5), SCALES[policy], tiles=tiles)
     assert got.isfinite().all()
     error = (got - expected).norm() / expected.norm()
     assert error < 4e-3, error  # y in bf16
@@ -268,7 +95,7 @@ def test_shared_memory_of_a_stage(tile):
         codes, scales = {}, {}
         for name, layout, rows in (
             ("w", found.weights, 128),
-            ("t", found.tokens, tile.tokens // tile.ctas),
+            ("t", found.tokens, tile.tokens // tile.ctas_per_mma),
         ):
             for line in (line for line in lines if line < rows):
                 for k in ks:
@@ -285,7 +112,7 @@ def test_shared_memory_of_a_stage(tile):
 
     codes, scales, swizzles = evaluated(offsets)
     assert swizzles == {"S<3,4,3>"}  # of byte addresses: bits 4..6 take bits 7..9
-    bytes_of = {"w": 128 * 128, "t": tile.tokens // tile.ctas * 128}
+    bytes_of = {"w": 128 * 128, "t": tile.tokens // tile.ctas_per_mma * 128}
     for (name, line, k), offset in codes.items():
         at = offset // 2 - bytes_of[name]
         at ^= (at >> 7 & 7) << 4
@@ -338,7 +165,7 @@ def test_operands_as_tma_reads_them(random_weight, activated):
     from cutedsl_nvfp4.sm100.experts_kernel import ExpertsKernel, Result
 
     experts_, hidden, intermediate, tokens = 3, 320, 160, 192
-    tile, result = GroupedTile(tokens, 2, ctas=2), Result.NVFP4 if activated else Result.ROWS
+    tile, result = GroupedTile(tokens, 2, ctas_per_mma=2), Result.NVFP4 if activated else Result.ROWS
     n, k = (2 * intermediate, hidden) if activated else (hidden, intermediate)
     matrices = 2 if activated else 1
     points = [
@@ -399,24 +226,6 @@ def test_operands_as_tma_reads_them(random_weight, activated):
 # --- compiled for both chips, without one ---
 
 
-@pytest.mark.parametrize("arch", ["sm_100a", "sm_103a"])
-@pytest.mark.parametrize(
-    "name", [name.replace("sm100a", "{}") for name in experts.shipped_kernels("sm_100a")]
-)
-def test_compiles_with_tensor_cores_and_without_spills(name, arch, tmp_path):
-    name = name.format(arch.replace("_", ""))
-    kernel = experts.shipped_kernels(arch)[name]
-    experts.build(*kernel, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (cubin,) = tmp_path.glob("*.cubin")
-    tile = kernel[2] if kernel[1] == "product" else None
-    assert sass.problems(cubin, tile) == []
-    if tile is not None:
-        code = machine_code.read(cubin)
-        assert code.registers * tile.threads <= 65536
-        copies = sum(count for opcode, count in code.other.items() if opcode.startswith("UTCCP"))
-        assert copies == 4 * (tile.panels + tile.scale_atoms)
-
-
 # --- which tile ---
 
 
@@ -439,7 +248,7 @@ def test_every_choice_is_shipped_and_legal():
         (GroupedTile(256, 2), "columns of tensor memory"),
         (GroupedTile(64, 1), "at least 2 stages"),
         (GroupedTile(128, 5), "bytes of shared memory"),
-        (GroupedTile(16, ctas=2), "for each of ctas"),
+        (GroupedTile(16, ctas_per_mma=2), "for each of ctas_per_mma"),
         (GroupedTile(16, panels=3), "must be 1 or 2"),
     ],
     ids=str,

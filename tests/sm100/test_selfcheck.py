@@ -5,15 +5,22 @@ import dataclasses
 import pytest
 import torch
 
-from cutedsl_nvfp4 import reference, support
+from cutedsl_nvfp4 import family, reference
 from cutedsl_nvfp4.blackwell import quantize
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.format import padded_k, swizzle_scales
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
-from cutedsl_nvfp4.sm100 import linear
+from cutedsl_nvfp4.selfcheck.products import (
+    ExpertsLayer,
+    LinearLayer,
+    SelfCheckFailed,
+    Variant,
+    check_product,
+)
+from cutedsl_nvfp4.selfcheck.report import Report, check_layers
+from cutedsl_nvfp4.selfcheck.synthetic import check_quantizer, check_variant
+from cutedsl_nvfp4.sm100 import linear, tiles
 from cutedsl_nvfp4.sm120 import linear as sm120_linear
-from cutedsl_nvfp4.support import Layout
 from tests.support.faults.kernel import PLANTED, emulated
 
 ARCH = "sm_100a"
@@ -22,7 +29,7 @@ NAME = "model.layers.3.attn.wo_b"
 
 @pytest.fixture(autouse=True)
 def on_a_b200(monkeypatch):
-    monkeypatch.setattr(support, "capability_of", lambda device: 100)
+    monkeypatch.setattr(family, "capability_of", lambda device: 100)
 
 
 def layer(random_weight, n=200, k=144, groups=1, out_dtype=torch.bfloat16, act_scale=None, bias=None):
@@ -31,7 +38,7 @@ def layer(random_weight, n=200, k=144, groups=1, out_dtype=torch.bfloat16, act_s
         layout=Layout.BLOCK_SCALED, groups=groups,
     )  # fmt: skip
     scale = None if act_scale is None else torch.tensor([act_scale])
-    return Layer(NAME, operands, out_dtype, bias, scale)
+    return LinearLayer(NAME, operands, out_dtype, bias, scale)
 
 
 def quantized(x, act_scale, groups):
@@ -54,7 +61,7 @@ def test_right_products_pass(random_weight, n, k, groups, out_dtype, act_scale):
     """Ragged rows and K, padding between groups, more panels and tokens than are compared."""
     report = Report()
     checked = layer(random_weight, n, k, groups, out_dtype, act_scale)
-    selfcheck.check_layers([checked], 256, False, report, emulated)
+    check_layers([checked], 256, False, report, emulated)
     assert report.layers == 1 and report.products == len(checked.tiles(256, False)) > 1
     assert 0 < report.worst_error <= 1
 
@@ -64,7 +71,7 @@ def test_right_products_pass(random_weight, n, k, groups, out_dtype, act_scale):
 def test_planted_fault_is_caught_and_named(random_weight, fault, act_scale):
     checked = layer(random_weight, act_scale=act_scale)
     with pytest.raises(SelfCheckFailed) as failed:
-        selfcheck.check_layers([checked], 64, False, Report(), PLANTED[fault])
+        check_layers([checked], 64, False, Report(), PLANTED[fault])
     assert str(failed.value).startswith(f"{NAME} (N = 200, K = 144, groups = 1, torch.bfloat16, M = ")
     assert ("not written" if fault == "dropped_tile" else "relative error") in str(failed.value)
 
@@ -90,11 +97,11 @@ def next_token(inputs, checked, tile, out):
 @pytest.mark.parametrize("fault", [inverted_act_scale, unquantized, next_token])
 def test_faults_of_the_activations_are_caught(random_weight, fault):
     checked = layer(random_weight, act_scale=0.03)
-    tile = linear.choose(200, 144, 40)
+    tile = tiles.choose(200, 144, 40)
     generator = torch.Generator().manual_seed(0)
-    assert selfcheck.check_product(checked, 40, tile, generator, emulated) <= 1
+    assert check_product(checked, 40, tile, generator, emulated) <= 1
     with pytest.raises(SelfCheckFailed, match="relative error"):
-        selfcheck.check_product(checked, 40, tile, generator, fault)
+        check_product(checked, 40, tile, generator, fault)
 
 
 def test_bias_is_part_of_the_product(random_weight):
@@ -102,9 +109,9 @@ def test_bias_is_part_of_the_product(random_weight):
     without = dataclasses.replace(checked, bias=None)
     generator = torch.Generator().manual_seed(0)
     (tile,) = checked.tiles(1, False)
-    assert selfcheck.check_product(checked, 1, tile, generator, emulated) <= 1
+    assert check_product(checked, 1, tile, generator, emulated) <= 1
     with pytest.raises(SelfCheckFailed, match="relative error"):
-        selfcheck.check_product(
+        check_product(
             checked, 1, tile, generator, lambda inputs, _, tile, out: emulated(inputs, without, tile, out)
         )
 
@@ -128,7 +135,7 @@ def experts_layer(random_weight, policy="dynamic", hidden=128, intermediate=64) 
 def test_right_experts_pass(random_weight, policy):
     report = Report()
     checked = experts_layer(random_weight, policy)
-    selfcheck.check_layers([checked], 64, False, report, emulated)
+    check_layers([checked], 64, False, report, emulated)
     assert report.layers == 1 and report.products == len(checked.tiles(64, False)) > 1
     assert 0 < report.worst_error <= 1
 
@@ -139,7 +146,7 @@ def inverted_act_scale_2(inputs, checked, tile, out):
 
 def neighbouring_expert(inputs, checked, tile, out):
     x, weights, ids = inputs
-    emulated((x, weights, (ids + 1) % checked.known), checked, tile, out)
+    emulated((x, weights, (ids + 1) % checked.num_global_experts), checked, tile, out)
 
 
 def gate_and_up_exchanged(inputs, checked, tile, out):
@@ -168,7 +175,7 @@ def intermediate_not_rounded(inputs, checked, tile, out):
 )  # fmt: skip
 def test_planted_fault_in_experts_is_caught_and_named(random_weight, fault):
     with pytest.raises(SelfCheckFailed) as failed:
-        selfcheck.check_layers([experts_layer(random_weight, "static")], 64, False, Report(), fault)
+        check_layers([experts_layer(random_weight, "static")], 64, False, Report(), fault)
     assert str(failed.value).startswith(
         "model.layers.3.ffn.experts (E = 8 of 8, H = 128, I = 64, top-k = 6, M = "
     )
@@ -177,15 +184,16 @@ def test_planted_fault_in_experts_is_caught_and_named(random_weight, fault):
 @pytest.mark.parametrize("capability", [100, 121])
 @pytest.mark.parametrize("policy", ["static", "dynamic"])
 def test_kernels_of_experts_are_checked_in_the_child(random_weight, monkeypatch, policy, capability):
-    monkeypatch.setattr(support, "capability_of", lambda device: capability)
-    names = experts_layer(random_weight, policy).kernels(8192, False)
-    assert len(names) == len(set(names)) > 2
-    for name in names:
-        assert name.startswith(f"nvfp4_experts_w4a4 sm_{capability}a {policy} ")
-        assert 0 < selfcheck.check_kernel(name, 6, torch.device("cpu"), emulated) <= 1
+    monkeypatch.setattr(family, "capability_of", lambda device: capability)
+    variants = experts_layer(random_weight, policy).variants(8192, False)
+    assert len(variants) == len(set(variants)) > 2
+    for variant in variants:
+        assert (variant.arch, variant.operation) == (f"sm_{capability}a", "experts")
+        assert variant.static == (policy == "static")
+        assert 0 < check_variant(variant, 6, torch.device("cpu"), emulated) <= 1
         for fault in PLANTED.values():
             with pytest.raises(SelfCheckFailed):
-                selfcheck.check_kernel(name, 6, torch.device("cpu"), fault)
+                check_variant(variant, 6, torch.device("cpu"), fault)
 
 
 # --- which kernels ---
@@ -194,35 +202,40 @@ def test_kernels_of_experts_are_checked_in_the_child(random_weight, monkeypatch,
 @pytest.mark.parametrize("n", [384, 381])
 @pytest.mark.parametrize("bias", [None, torch.ones(1)], ids=["", "bias"])
 def test_kernels_of_a_workstations_layer_are_shipped(random_weight, monkeypatch, n, bias):
-    monkeypatch.setattr(support, "capability_of", lambda device: 121)
-    names = layer(random_weight, n, 128, bias=bias).kernels(8192, False)
-    assert names[0] == "nvfp4_quantize_sm121a_dynamic" and len(names) > 2
-    assert set(names[1:]) <= set(sm120_linear.shipped_kernels("sm_121a"))
+    monkeypatch.setattr(family, "capability_of", lambda device: 121)
+    first, *products = layer(random_weight, n, 128, bias=bias).variants(8192, False)
+    assert first == Variant("sm120", "sm_121a", "quantize", "nvfp4_quantize_sm121a_dynamic")
+    assert products and {variant.name for variant in products} <= set(sm120_linear.shipped("sm_121a"))
 
 
 def test_kernels_of_a_layer_are_shipped_and_its_quantizer_is_the_first(random_weight):
-    names = layer(random_weight, 7168, 128).kernels(8192, False)
-    assert names[0] == "nvfp4_quantize_sm100a_dynamic" and len(names) > 3
-    assert set(names[1:]) <= set(linear.shipped_kernels(ARCH))
-    static = layer(random_weight, act_scale=0.1).kernels(1, False)
-    assert static[0] == "nvfp4_quantize_sm100a_static" in quantize.shipped_kernels(ARCH)
+    first, *products = layer(random_weight, 7168, 128).variants(8192, False)
+    assert first == Variant("sm100", ARCH, "quantize", "nvfp4_quantize_sm100a_dynamic")
+    assert len(products) > 2 and {variant.name for variant in products} <= set(linear.shipped(ARCH))
+    static = layer(random_weight, act_scale=0.1).variants(1, False)
+    assert static[0].name == "nvfp4_quantize_sm100a_static" in quantize.shipped(ARCH)
 
 
-@pytest.mark.parametrize("name", [*linear.shipped_kernels(ARCH), *sm120_linear.shipped_kernels("sm_121a")])
-def test_every_shipped_kernel_is_checked_on_problems_it_takes(name):
+SHIPPED = [Variant("sm100", ARCH, "linear", name) for name in linear.shipped(ARCH)]
+SHIPPED += [Variant("sm120", "sm_121a", "linear", name) for name in sm120_linear.shipped("sm_121a")]
+
+
+@pytest.mark.parametrize("variant", SHIPPED, ids=str)
+def test_every_shipped_kernel_is_checked_on_problems_it_takes(variant, monkeypatch):
+    monkeypatch.setattr(family, "capability_of", lambda device: 100 if variant.family == "sm100" else 121)
     device = torch.device("cpu")
-    assert 0 < selfcheck.check_kernel(name, 6, device, emulated) <= 1
+    assert 0 < check_variant(variant, 6, device, emulated) <= 1
     for fault in PLANTED.values():
         with pytest.raises(SelfCheckFailed):
-            selfcheck.check_kernel(name, 6, device, fault)
+            check_variant(variant, 6, device, fault)
 
 
 # --- the quantizer ---
 
 
-@pytest.mark.parametrize("name", quantize.shipped_kernels(ARCH))
-def test_right_quantizer_passes(name):
-    assert selfcheck.check_quantizer(name, torch.device("cpu"), quantized) == 0
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_right_quantizer_passes(dynamic):
+    assert check_quantizer(dynamic, torch.device("cpu"), quantized) == 0
 
 
 def swapped_nibbles(codes, scales, act_scale):
@@ -244,13 +257,13 @@ def sign_of_zero_lost(codes, scales, act_scale):
     return low | high << 4, scales, act_scale
 
 
-@pytest.mark.parametrize("name", quantize.shipped_kernels(ARCH))
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("fault", [swapped_nibbles, scale_columns_swapped, one_code_off, sign_of_zero_lost])
-def test_one_wrong_bit_of_the_quantizer_is_a_failure(name, fault):
+def test_one_wrong_bit_of_the_quantizer_is_a_failure(dynamic, fault):
     with pytest.raises(
         SelfCheckFailed, match=r"differ from the reference's, the first is the (code|block scale) at"
     ):
-        selfcheck.check_quantizer(name, torch.device("cpu"), lambda *arguments: fault(*quantized(*arguments)))
+        check_quantizer(dynamic, torch.device("cpu"), lambda *arguments: fault(*quantized(*arguments)))
 
 
 def test_scale_of_a_whole_tensor_instead_of_a_token_is_a_failure():
@@ -258,4 +271,4 @@ def test_scale_of_a_whole_tensor_instead_of_a_token_is_a_failure():
         return quantized(x, reference.dynamic_act_scale(x).amax().expand(len(x)), groups)
 
     with pytest.raises(SelfCheckFailed, match="the first is the act scale at"):
-        selfcheck.check_quantizer("nvfp4_quantize_sm100a_dynamic", torch.device("cpu"), of_the_tensor)
+        check_quantizer(True, torch.device("cpu"), of_the_tensor)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
 from cutedsl_nvfp4.sm120 import experts, linear
 from cutedsl_nvfp4.sm120.tiles import general, shipped, shipped_expert_tiles
-from cutedsl_nvfp4.support import Layout
 from tests.support.emulator import device as emulated
 
 on_device = emulated.on_device
@@ -43,7 +43,7 @@ def test_linear(random_weight, tile, bias, dtype):
     offset = torch.linspace(-1, 1, n) if bias else None
     got = linear.run(
         *map(on_device, (x, weight.codes, weight.block_scales, weight.row_scale)), None,
-        None if offset is None else on_device(offset), n=n, k=k, groups=groups, out_dtype=dtype, config=tile,
+        None if offset is None else on_device(offset), n=n, k=k, groups=groups, out_dtype=dtype, tile=tile,
     )  # fmt: skip
     expected = reference.linear(
         x, *plain_linear(weight), weight.row_scale, None, offset,
@@ -78,7 +78,7 @@ def test_experts(random_weight, tiles, scales):
     options = {"swiglu_limit": 7.0, "out_dtype": torch.float32}
     got = experts.run(
         *(None if t is None else on_device(t) for t in (x, *operands)),
-        hidden=hidden, intermediate=intermediate, config=tiles, **options,
+        hidden=hidden, intermediate=intermediate, tiles=tiles, **options,
     ).as_subclass(torch.Tensor)  # fmt: skip
     plain = plain_experts(w)
     expected = reference.experts(

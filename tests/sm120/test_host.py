@@ -5,22 +5,19 @@ import math
 import pytest
 import torch
 
-from cutedsl_nvfp4 import reference, support
+from cutedsl_nvfp4 import family, reference
+from cutedsl_nvfp4.family import Kernel, Layout
 from cutedsl_nvfp4.format import padded_k, swizzle_scales, unswizzle_scales
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
-from cutedsl_nvfp4.sm100 import experts as shared
 from cutedsl_nvfp4.sm120 import experts, linear
 from cutedsl_nvfp4.sm120.tiles import LinearTile, shipped_expert_tiles
-from cutedsl_nvfp4.support import Layout
-from tests.sm100 import test_experts as emulated
+from tests.support.blackwell_experts import emulate
 
 
 @pytest.fixture
 def workstation(monkeypatch):
     """The CPU passes for an sm_120a device."""
-    monkeypatch.setattr(support, "capability_of", lambda device: 120)
-    for module in (linear, shared):
-        monkeypatch.setattr(module, "arch_of", lambda device: "sm_120a")
+    monkeypatch.setattr(family, "capability_of", lambda device: 120)
 
 
 def quantize(x, act_scale=None, groups=1):
@@ -51,18 +48,18 @@ def launched(monkeypatch, workstation):
     """`linear.run` on CPU tensors; the names of the kernels it launched."""
     names = []
 
-    def kernel(name, build):
-        names.append(name)
-        assert "_bias" in name or name in linear.shipped_kernels("sm_120a")
+    def load(kernel):
+        names.append(kernel.name)
+        assert "_bias" in kernel.name or kernel.name in linear.shipped("sm_120a")
 
         def launch(*operands):
             operands = list(operands)
-            operands[6] = operands[6] if "_bias" in name else None
+            operands[6] = operands[6] if kernel.has_bias else None
             dense(*operands)
 
         return launch
 
-    monkeypatch.setattr(linear, "compiled", kernel)
+    monkeypatch.setattr(Kernel, "load", load)
     monkeypatch.setattr(linear.quantize, "run", quantize)
     monkeypatch.setattr(linear, "sm_count", lambda device: 188)
     return names
@@ -103,11 +100,7 @@ def test_linear_is_the_reference(random_weight, launched, m, n, k, groups, bias,
     assert got.dtype == dtype and (got - expected).norm() / expected.norm() < (
         1e-6 if dtype == torch.float32 else 3e-3
     )
-    assert (
-        len(launched) == 1
-        and launched[0].endswith(ending)
-        and launched[0] in linear.shipped_kernels("sm_120a")
-    )
+    assert len(launched) == 1 and launched[0].endswith(ending) and launched[0] in linear.shipped("sm_120a")
 
 
 def test_no_tokens_launch_nothing(random_weight, launched):
@@ -123,9 +116,9 @@ def test_operands_that_do_not_fit_are_named(random_weight, launched):
     x = torch.zeros(2, 96, dtype=torch.bfloat16)
     for name, value, message in (
         ("x", x.float(), "x must be bf16"),
-        ("codes", weight.codes[:, :-1], "codes must be contiguous torch.uint8"),
-        ("block_scales", weight.block_scales[:, :1], "block_scales must be contiguous torch.uint8"),
-        ("row_scale", weight.row_scale.double(), "row_scale must be contiguous torch.float32"),
+        ("codes", weight.codes[:, :-1], "codes must be contiguous uint8"),
+        ("block_scales", weight.block_scales[:, :1], "block_scales must be contiguous uint8"),
+        ("row_scale", weight.row_scale.double(), "row_scale must be contiguous f32"),
         ("bias", torch.zeros(3), "bias must be f32 or bf16"),
         ("out_dtype", torch.float16, "out_dtype must be"),
         ("k", 80, "x must be bf16"),
@@ -156,18 +149,8 @@ SCALES = {
 
 @pytest.mark.parametrize("tiles", shipped_expert_tiles(), ids=lambda tiles: str(tiles.tokens))
 @pytest.mark.parametrize("policy", SCALES)
-def test_experts_are_the_reference(random_weight, workstation, monkeypatch, policy, tiles):
-    kinds = []
-
-    def kernel(arch, kind, *arguments):
-        kinds.append(kind)
-        assert arch == "sm_120a" and shared.kernel_name(arch, kind, *arguments) in (
-            *experts.shipped_kernels(arch), shared.kernel_name(arch, "combine", 3, torch.float32)
-        )  # fmt: skip
-        return lambda *operands: getattr(emulated, kind)(*arguments, *operands)
-
-    monkeypatch.setattr(shared, "_kernel", kernel)
-    monkeypatch.setattr(shared, "sm_count", lambda device: 148)
+def test_experts_are_the_reference(random_weight, monkeypatch, policy, tiles):
+    launched = emulate(monkeypatch, 120)
     w13, w2 = random_weight(5, 192, 256, seed=1), random_weight(5, 256, 96, seed=2)
     scales = torch.full((5, 2), 0.01), torch.full((5,), 0.02)
     weights = prepare_experts(*w13, scales[0], *w2, scales[1], layout=Layout.BLOCK_SCALED)
@@ -182,7 +165,7 @@ def test_experts_are_the_reference(random_weight, workstation, monkeypatch, poli
         weights.w2_codes, weights.w2_block_scales, weights.w2_row_scale, topk_weights, ids, *SCALES[policy],
     )  # fmt: skip
     options = {"swiglu_limit": 7.0, "out_dtype": torch.float32}
-    got = experts.run(x, *operands, hidden=256, intermediate=96, config=tiles, **options)
+    got = experts.run(x, *operands, hidden=256, intermediate=96, tiles=tiles, **options)
     plain = plain_experts(weights)
     expected = reference.experts(
         x, *plain[:2], weights.w13_row_scale, *plain[2:], weights.w2_row_scale, topk_weights, ids, *SCALES[policy],
@@ -191,7 +174,7 @@ def test_experts_are_the_reference(random_weight, workstation, monkeypatch, poli
     assert got.isfinite().all() and not got[0].any()
     assert (got - expected).norm() / expected.norm() < 5e-3
     second = ["gather"] if SCALES[policy][1] is None else []
-    assert kinds == ["route", "gather", "product", *second, "product", "combine"]
+    assert [kind for kind, *_ in launched] == ["route", "gather", "product", *second, "product", "combine"]
     assert experts.run(x, *operands, hidden=256, intermediate=96, **options).shape == got.shape
     assert math.isclose(got.norm().item(), expected.norm().item(), rel_tol=1e-2)
 

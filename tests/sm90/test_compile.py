@@ -1,41 +1,31 @@
 """Every shipped Hopper kernel compiles without a GPU, uses the tensor cores and spills nothing."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from cutedsl_nvfp4 import compiled, settings
-from cutedsl_nvfp4.sm90 import experts
-from cutedsl_nvfp4.sm90.compile import compile_linear
-from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
+from cutedsl_nvfp4.family import LinearProblem
+from cutedsl_nvfp4.sm90 import experts, linear
 from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile, choose, chosen, general, shipped
-from devtools.kernels.sass import sm90 as sass
-from tests.support.paths import ROOT
+from tests.support.compiling import compile_ahead, problems
 
-COMPILE_KERNELS = ROOT / "devtools/kernels/compile.py"
+ARCH = "sm_90a"
+LINEAR, EXPERTS = linear.shipped(ARCH), experts.shipped(ARCH)
 
 
-@pytest.mark.parametrize("name", shipped_kernels())
+def kernel_of(tile):
+    """The linear kernel of `tile`, for results that all of DeepSeek-V4's are."""
+    (kernel,) = linear.kernels(LinearProblem(64, 64), tile, ARCH)
+    return kernel
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *EXPERTS])
 def test_compiles_with_tensor_cores_and_without_spills(name, tmp_path):
-    arguments = shipped_kernels()[name]
-    compile_linear(*arguments, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (cubin,) = tmp_path.glob("*.cubin")
-    assert sass.problems(cubin, arguments[0]) == []
-
-
-@pytest.mark.parametrize("name", experts.shipped_kernels())
-def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
-    kernel = experts.shipped_kernels()[name]
-    experts.build(*kernel, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (cubin,) = tmp_path.glob("*.cubin")
-    assert sass.problems(cubin, kernel[1] if kernel[0] == "product" else None, experts=True) == []
+    assert problems({**LINEAR, **EXPERTS}[name], tmp_path, "sm90") == []
 
 
 @pytest.mark.parametrize(
-    "config",
+    "tile",
     [
         WideTile(3, 128, 2, 4),
         WideTile(3, 192, 1, 6, persistent=True, lag=1, bulk=True),
@@ -48,43 +38,25 @@ def test_experts_compile_with_tensor_cores_and_without_spills(name, tmp_path):
     ],
     ids=str,
 )
-def test_tiles_that_tuning_tries_compile_as_well(config, tmp_path):
-    compile_linear(config, torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (cubin,) = tmp_path.glob("*.cubin")
-    assert sass.problems(cubin, config) == []
+def test_tiles_that_tuning_tries_compile_as_well(tile, tmp_path):
+    assert problems(kernel_of(tile), tmp_path, "sm90") == []
 
 
 def test_wrong_machine_code_is_noticed(tmp_path):
     """The reader of machine code can say no: this tile has twice the k blocks of the one it is taken for."""
-    compile_linear(WideTile(1, 64, 2, 4), torch.bfloat16, options=f"--keep-cubin --dump-dir {tmp_path}")
-    (cubin,) = tmp_path.glob("*.cubin")
-    wrong = sass.problems(cubin, WideTile(1, 64, 1, 4))
+    taken_for = kernel_of(WideTile(1, 64, 1, 4))
+    wrong = problems(kernel_of(WideTile(1, 64, 2, 4)), tmp_path, "sm90", taken_for)
     assert wrong == ["8 tensor core instructions in the main loop instead of 4"]
 
 
 def test_ahead_of_time_kernels_are_found_by_name(tmp_path, monkeypatch):
     """Exported and linked by devtools/kernels/compile.py, then loaded without anything being compiled."""
-    name = kernel_name(NarrowTile(), torch.bfloat16, False, True)
-    code = (
-        "import runpy, sys, torch; from cutedsl_nvfp4.sm90 import experts, linear; "
-        "from cutedsl_nvfp4.sm90.tiles import NarrowTile; "
-        f"linear.shipped_kernels = lambda: {{{name!r}: (NarrowTile(), torch.bfloat16, False, True)}}; "
-        "experts.shipped_kernels = lambda: {'nvfp4_experts_sm90_route_8': ('route', 8)}; "
-        f"sys.argv = ['compile_kernels', {str(tmp_path / 'sm_90a')!r}, '--jobs', '1', '--sass']; "
-        f"runpy.run_path({str(COMPILE_KERNELS)!r}, run_name='__main__')"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    manifest = json.loads((tmp_path / "sm_90a/manifest.json").read_text())
-    assert (
-        manifest["kernels"] == ["nvfp4_experts_sm90_route_8", name] and manifest["architecture"] == "sm_90a"
-    )
-    libraries = [f"{kernel}.so" for kernel in manifest["kernels"]]
-    assert sorted(path.name for path in (tmp_path / "sm_90a").iterdir()) == ["manifest.json", *libraries]
+    product, route = kernel_of(NarrowTile()), EXPERTS["nvfp4_experts_sm90_route_8"]
+    assert product.out_dtype is torch.bfloat16
+    compile_ahead(tmp_path, ARCH, [product.name, route.name])
     monkeypatch.setenv(settings.KERNELS, str(tmp_path))
     monkeypatch.setenv(settings.FORBID_JIT, "1")
-    assert callable(compiled.compiled(name, lambda: pytest.fail("compiled although it is there")))
-    assert callable(experts.load("nvfp4_experts_sm90_route_8"))
+    assert callable(product.load()) and callable(route.load())
 
 
 def test_forbidden_compilation_names_the_kernel(monkeypatch, tmp_path):
@@ -117,11 +89,6 @@ def test_every_choice_is_shipped_and_listed(problem, batch_invariant):
 def test_results_with_a_bias_or_ragged_rows_take_general_tiles():
     taken = {choose(n, k, m, 1, False, plain=False) for n in (64, 8000) for k in (64, 8192) for m in (1, 500)}
     assert taken == set(general())
-
-
-@pytest.mark.parametrize("config", shipped(), ids=str)
-def test_shipped_configurations_are_legal(config):
-    config.check()
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cutedsl_nvfp4 import reference
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
 from cutedsl_nvfp4.sm90 import experts, linear
 from cutedsl_nvfp4.sm90.tiles import ExpertTiles, NarrowTile, WideTile, general, shipped, shipped_expert_tiles
-from cutedsl_nvfp4.support import Layout
 from tests.support.emulator import device
 from tests.support.emulator.ptx import Fault, Instruction
 
@@ -45,10 +45,11 @@ def product(
     packed = prepare_linear(
         codes.clone(), scales.clone(), row_scale, [1] * n, layout=Layout.SM90, groups=groups
     )
-    operands = (x, packed.codes, packed.block_scales, row_scale, *((offset,) if bias else ()))
+    operands = (x, packed.codes, packed.block_scales, row_scale)
     got = linear.run(
-        *map(device.on_device, operands), n=n, k=k, groups=groups, config=config, out_dtype=dtype
-    )
+        *map(device.on_device, operands), bias=device.on_device(offset) if bias else None,
+        n=n, k=k, groups=groups, tile=config, out_dtype=dtype,
+    )  # fmt: skip
     return got.as_subclass(torch.Tensor), exact + offset.double() if bias else exact
 
 
@@ -135,11 +136,11 @@ def layer(random_weight, tiles: ExpertTiles, m: int, count: int = 3) -> tuple[to
     w = prepare_experts(*(t.clone() for t in w13), gates, *(t.clone() for t in w2), downs, layout=Layout.SM90)
     operands = (
         x, w.w13_codes, w.w13_block_scales, w.w13_row_scale, w.w2_codes, w.w2_block_scales, w.w2_row_scale, weights,
-        ids, expert_map,
+        ids,
     )  # fmt: skip
     got = experts.run(
-        *map(device.on_device, operands), hidden=hidden, intermediate=intermediate, swiglu_limit=LIMIT,
-        out_dtype=torch.float32, config=tiles,
+        *map(device.on_device, operands), expert_map=device.on_device(expert_map), hidden=hidden,
+        intermediate=intermediate, swiglu_limit=LIMIT, out_dtype=torch.float32, tiles=tiles,
     )  # fmt: skip
     return got.as_subclass(torch.Tensor), expected
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cutedsl_nvfp4.family import ExpertsProblem, Layout
 from cutedsl_nvfp4.prepare import prepare_experts
 from cutedsl_nvfp4.sm90 import experts
 from cutedsl_nvfp4.sm90.layout import interleave_gate_up, pack_experts, pack_linear
@@ -14,7 +15,6 @@ from cutedsl_nvfp4.sm90.tiles import (
     expert_widths,
     shipped_experts,
 )
-from cutedsl_nvfp4.support import Layout
 
 LAYERS = [
     (256, 256, 4096, 2048),
@@ -34,11 +34,10 @@ def test_every_choice_is_legal_and_shipped(layer, batch_invariant):
             tiles = choose_experts(hidden, intermediate, m * topk, local, known, batch_invariant)
             tiles.check()
             assert {(tiles.w13, True), (tiles.w2, False)} <= set(shipped_experts())
-            names = {
-                experts.kernel_name("product", config, first)
-                for config, first in ((tiles.w13, True), (tiles.w2, False))
-            }
-            assert names <= set(experts.shipped_kernels())
+            problem = ExpertsProblem(hidden, intermediate, topk, local, known)
+            kernels = experts.kernels(problem, tiles, "sm_90a")
+            products = {kernel.name for kernel in kernels if kernel.kind == "product"}
+            assert len(products) == 2 and products <= set(experts.shipped("sm_90a"))
 
 
 def test_batch_invariant_tiles_add_in_one_order():

@@ -18,10 +18,10 @@ import torch
 
 from cutedsl_nvfp4 import ops, reference
 from cutedsl_nvfp4.activation_scale import ActivationScales
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.format import global_scale_from_amax
 from cutedsl_nvfp4.prepare import PreparedExperts, PreparedLinear, prepare_experts, prepare_linear
 from cutedsl_nvfp4.settings import ActivationScale
-from cutedsl_nvfp4.support import Layout
 from recipe import export, rounding, texts
 from recipe.model import CONFIG, tokenizer
 from tests.support.paths import ROOT
@@ -297,7 +297,7 @@ def _linear(x: torch.Tensor, operands: PreparedLinear, act_scale: torch.Tensor |
     groups = x.shape[1] // operands.k
     return torch.ops.cutedsl.nvfp4_linear(
         x, operands.codes, operands.block_scales, operands.row_scale, act_scale, None,
-        operands.n, operands.k, groups, True, torch.bfloat16,
+        operands.n, operands.k, groups, True, torch.bfloat16, str(operands.layout),
     )  # fmt: skip
 
 
@@ -393,7 +393,7 @@ def routed_experts(
             yield kind, name, Fit.of(torch.cat(got), torch.cat(exact))
         layer = torch.ops.cutedsl.nvfp4_experts(
             x, *_operands(prepared), weights, ids, scales[W13_INPUT], scales[W2_INPUT], None, True, LIMIT,
-            torch.bfloat16,
+            torch.bfloat16, str(prepared.layout),
         )  # fmt: skip
         yield "routed layer", name, Fit.of(layer, module(x.float(), ids, weights))
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from bench.blackwell import measure as blackwell
-from cutedsl_nvfp4 import settings, support
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4 import family, settings
+from cutedsl_nvfp4.family import Layout
+from cutedsl_nvfp4.selfcheck import child as children
+from cutedsl_nvfp4.selfcheck import products
+from cutedsl_nvfp4.selfcheck.products import SelfCheckFailed
+from cutedsl_nvfp4.selfcheck.synthetic import synthetic_experts, synthetic_linear
 from devtools.kernels import check_blackwell
 from tests.support.paths import ROOT
 
@@ -38,10 +41,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-        monkeypatch.setattr(support, "capability_of", lambda device: 10 * capability[0] + capability[1])
-        for module in (sys.modules[n] for n in list(sys.modules) if n.startswith("cutedsl_nvfp4.")):
-            if hasattr(module, "arch_of"):
-                monkeypatch.setattr(module, "arch_of", lambda device: f"sm_{capability[0]}{capability[1]}a")
+        monkeypatch.setattr(family, "capability_of", lambda device: 10 * capability[0] + capability[1])
 
     return fake
 
@@ -69,8 +69,8 @@ def b200(gpu, monkeypatch, tmp_path):
     gpu("NVIDIA B200", (10, 0))
     cpu = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
-    layer = selfcheck.synthetic(256, 128, torch.bfloat16, False, cpu, generator, Layout.BLOCK_SCALED, 1, 0.01)
-    experts = selfcheck.synthetic_experts(6, cpu, generator, Layout.BLOCK_SCALED)
+    layer = synthetic_linear(256, 128, torch.bfloat16, False, cpu, generator, Layout.BLOCK_SCALED, 1, 0.01)
+    experts = synthetic_experts(6, cpu, generator, Layout.BLOCK_SCALED)
     monkeypatch.setattr(blackwell, "linears", lambda device: iter([layer]))
     monkeypatch.setattr(blackwell, "experts", lambda device: experts)
     monkeypatch.setattr(blackwell, "TOKENS", (1, 8))
@@ -78,9 +78,9 @@ def b200(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(blackwell, "microseconds", lambda graph, calls: 2.5)
     monkeypatch.setattr(blackwell, "multiply", lambda inputs, layer, tile, out: out.zero_())
     monkeypatch.setattr(blackwell, "copies", lambda size: 2)
-    monkeypatch.setattr(selfcheck, "check_in_child", lambda names, device: [0.5] * len(names))
-    monkeypatch.setattr(selfcheck, "check_product", lambda *arguments: 0.4)
-    monkeypatch.setattr(selfcheck, "check_experts", lambda *arguments: 0.4)
+    monkeypatch.setattr(children, "check_in_child", lambda variants, device: [0.5] * len(variants))
+    monkeypatch.setattr(products, "check_product", lambda *arguments: 0.4)
+    monkeypatch.setattr(products, "check_experts", lambda *arguments: 0.4)
 
     def run(*options: str) -> tuple[int, str, dict]:
         path = tmp_path / "report.md"
@@ -105,28 +105,31 @@ def test_a_right_device_gets_one_report(b200, capsys):
 
 
 def test_a_crash_names_the_kernel_and_the_others_go_on(b200, monkeypatch):
-    def child(names: list[str], device: str) -> list[float]:
-        bad = next((name for name in names if "_64_" in name), None)
+    def child(variants: list, device: str) -> list[float]:
+        bad = next((variant for variant in variants if "_64_" in variant.name), None)
         if bad:
-            raise selfcheck.SelfCheckFailed(f"running {bad}: the child process ended with status -11")
-        return [0.5] * len(names)
+            raise SelfCheckFailed(f"the child process ended with status -11 while running {bad}", bad)
+        return [0.5] * len(variants)
 
-    monkeypatch.setattr(selfcheck, "check_in_child", child)
+    monkeypatch.setattr(children, "check_in_child", child)
     status, written, figures = b200()
     failed = [name for name, verdict in figures["kernels"].items() if "failed" in verdict]
     assert status == 1 and failed and all("_64_" in name for name in failed) and "**FAILED**" in written
     assert len(failed) == sum("_64_" in name for name in figures["kernels"])
-    assert all(f"- {name}: running {name}" in written for name in failed)
+    assert all(
+        f"- {name}: the child process ended with status -11 while running {name}" in written
+        for name in failed
+    )
     assert not figures["rows"] and figures["failures"] == ["not run: a kernel failed"]
 
 
 def test_a_wrong_product_is_in_the_report(b200, monkeypatch):
     def wrong(layer, m, *rest):
         if m > 100:
-            raise selfcheck.SelfCheckFailed("relative error 0.3, allowed 0.002")
+            raise SelfCheckFailed("relative error 0.3, allowed 0.002")
         return 0.4
 
-    monkeypatch.setattr(selfcheck, "check_product", wrong)
+    monkeypatch.setattr(products, "check_product", wrong)
     status, written, figures = b200()
     assert status == 1 and "relative error 0.3" in written and not figures["rows"]
     assert all("N = 256, K = 128" in failure for failure in figures["failures"])

@@ -16,7 +16,7 @@ from vllm.config import (
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.kernels.linear import init_nvfp4_linear_kernel
 
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.vllm import plugin, refusals
 from cutedsl_nvfp4.vllm.refusals import refuse_unsupported
 

@@ -26,10 +26,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.worker.worker_base import WorkerBase
 
 from cutedsl_nvfp4 import settings, support
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.vllm import plugin
+from cutedsl_nvfp4.vllm.backend import current_support
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
-from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel, current_support
+from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +41,8 @@ def registered():
 @pytest.fixture
 def no_kernel_here(monkeypatch):
     """This machine as an H200 would look to a build that has no Hopper kernel; -> the reason it gives."""
-    monkeypatch.setattr(support, "_LINEAR_KERNELS", {})
-    monkeypatch.setattr(support, "_EXPERTS_KERNELS", {})
+    monkeypatch.setattr(support, "families", lambda: ())
+    monkeypatch.setattr(support, "family_of", lambda capability: None)
     linear, experts = support.linear, support.experts
     monkeypatch.setattr(support, "linear", lambda device_type, capability: linear("cuda", 90))
     monkeypatch.setattr(support, "experts", lambda device_type, capability: experts("cuda", 90))
@@ -160,19 +161,19 @@ def test_experts_of_another_activation_are_not_ours(activation):
 
 @pytest.mark.parametrize("capability", [90, 100, 120])
 def test_missing_gpu_kernel_is_a_reason(monkeypatch, capability):
-    monkeypatch.setattr(support, "_LINEAR_KERNELS", {})
+    monkeypatch.setattr(support, "families", lambda: ())
+    monkeypatch.setattr(support, "family_of", lambda capability: None)
     supported, reason = CuTeDSLNvFp4LinearKernel.is_supported(capability)
     assert supported is False
     assert f"sm_{capability}" in reason and "no NVFP4 linear kernel" in reason
     assert "GPU kernels built: none" in reason and "CUTEDSL_NVFP4_IMPL=reference" in reason
 
 
-def test_built_gpu_kernels_are_supported_and_listed(monkeypatch):
-    monkeypatch.setattr(support, "_LINEAR_KERNELS", {90: Layout.PLAIN, 100: Layout.PLAIN})
+def test_built_gpu_kernels_are_supported_and_listed():
     assert CuTeDSLNvFp4LinearKernel.is_supported(90) == (True, None)
     assert support.linear("cuda", 90).implementation == "CuTe DSL sm_90a"
     supported, reason = CuTeDSLNvFp4LinearKernel.is_supported(89)
-    assert not supported and "GPU kernels built: sm_90a, sm_100a" in reason
+    assert not supported and "GPU kernels built: sm_90a, sm_100a, sm_103a, sm_120a, sm_121a" in reason
 
 
 # --- as on a Hopper GPU ---
@@ -233,9 +234,6 @@ def test_batch_invariance_is_upstreams_elsewhere_and_where_it_is_asked_for(hoppe
 def blackwell(monkeypatch, request) -> int:
     """What this machine's platform says becomes a Blackwell GPU's; -> its capability."""
     linear, experts = support.linear, support.experts
-    kernels = {request.param: Layout.BLOCK_SCALED}
-    monkeypatch.setattr(support, "_LINEAR_KERNELS", kernels)
-    monkeypatch.setattr(support, "_EXPERTS_KERNELS", kernels)
     monkeypatch.setattr(support, "linear", lambda device_type, capability: linear("cuda", request.param))
     monkeypatch.setattr(support, "experts", lambda device_type, capability: experts("cuda", request.param))
     return request.param

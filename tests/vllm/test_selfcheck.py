@@ -1,14 +1,16 @@
 """vllm/selfcheck.py: which layers are checked, what is noted, and that every rank stops if one fails."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cutedsl_nvfp4 import support
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_linear
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.support import Layout, Support
+from cutedsl_nvfp4.selfcheck import report
+from cutedsl_nvfp4.selfcheck.products import SelfCheckFailed
+from cutedsl_nvfp4.support import Support
 from cutedsl_nvfp4.vllm import selfcheck as vllm_selfcheck
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
 from tests.support.faults.kernel import PLANTED, emulated
@@ -48,19 +50,27 @@ def worker(random_weight):
     )
 
 
+def check_with(multiply):
+    """The self-check without a child, whose stage two multiplies by `multiply`."""
+    return partial(report.check, multiply=multiply, check_in_child=lambda found, *_: [0.5] * len(found))
+
+
+CHECK = check_with(emulated)
+
+
+def never(*_):
+    pytest.fail("checked")
+
+
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """Stage one passes without a child, stage two multiplies with the reference."""
-    monkeypatch.setattr(
-        selfcheck, "check_in_child", lambda kernels, device, topk, command: [0.5] * len(kernels)
-    )
-    monkeypatch.setattr(selfcheck.check_layers, "__defaults__", (emulated,))
+    """As on a GPU that is not there."""
     monkeypatch.setattr(type(vllm_selfcheck.current_platform), "get_device_name", lambda *_: "a test GPU")
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
 
 
 def test_every_layer_is_checked_and_the_verdict_noted(worker):
-    vllm_selfcheck.check_kernels(worker)
+    vllm_selfcheck.check_kernels(worker, CHECK)
     noted = worker.get_model().nvfp4_self_check
     assert noted["verdict"] == "passed" and noted["layers"] == 2
     assert {(layer.name, layer.out_dtype) for layer in vllm_selfcheck._layers(worker.get_model())} == {
@@ -68,10 +78,9 @@ def test_every_layer_is_checked_and_the_verdict_noted(worker):
     }  # fmt: skip
 
 
-def test_failure_stops_the_start_and_says_what_to_do(worker, monkeypatch):
-    monkeypatch.setattr(selfcheck.check_layers, "__defaults__", (PLANTED["doubled_scale"],))
-    with pytest.raises(selfcheck.SelfCheckFailed) as failed:
-        vllm_selfcheck.check_kernels(worker)
+def test_failure_stops_the_start_and_says_what_to_do(worker):
+    with pytest.raises(SelfCheckFailed) as failed:
+        vllm_selfcheck.check_kernels(worker, check_with(PLANTED["doubled_scale"]))
     for words in (
         "a test GPU",
         "wq_a (N = 64, K = 128",
@@ -92,24 +101,18 @@ def test_failure_of_another_rank_stops_this_one(worker, monkeypatch):
     monkeypatch.setattr(vllm_selfcheck, "model_parallel_is_initialized", lambda: True)
     monkeypatch.setattr(vllm_selfcheck, "get_world_group", lambda: group)
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    with pytest.raises(selfcheck.SelfCheckFailed, match=r"rank 1: wq_a: relative error 2"):
-        vllm_selfcheck.check_kernels(worker)
+    with pytest.raises(SelfCheckFailed, match=r"rank 1: wq_a: relative error 2"):
+        vllm_selfcheck.check_kernels(worker, CHECK)
 
 
-def test_reference_has_nothing_to_check(random_weight, worker, monkeypatch):
+def test_reference_has_nothing_to_check(random_weight, worker):
     model = Model(random_weight, Layout.PLAIN)
     worker.get_model = lambda: model
-    monkeypatch.setattr(selfcheck, "check", lambda *_: pytest.fail("checked the reference against itself"))
-    vllm_selfcheck.check_kernels(worker)
+    vllm_selfcheck.check_kernels(worker, never)
     assert model.nvfp4_self_check["verdict"].startswith("nothing to check")
 
 
 def test_switching_it_off_is_noted(worker, monkeypatch):
     monkeypatch.setenv("CUTEDSL_NVFP4_SELF_CHECK", "off")
-    monkeypatch.setattr(selfcheck, "check", lambda *_: pytest.fail("checked although off"))
-    vllm_selfcheck.check_kernels(worker)
+    vllm_selfcheck.check_kernels(worker, never)
     assert worker.get_model().nvfp4_self_check == {"verdict": "off"}
-
-
-def test_hopper_is_what_is_checked():
-    assert support.linear("cuda", 90).layout is Layout.SM90

@@ -3,14 +3,16 @@
 import re
 from pathlib import Path
 
-from cutedsl_nvfp4.sm100.tiles import TILE_K, GroupedTile, LinearTile
+from cutedsl_nvfp4.family import Kernel
+from cutedsl_nvfp4.sm100.tiles import TILE_K, GroupedTile
 from devtools.kernels.sass.machine_code import read
 
 OTHER_PER_MMA = 19.0  # most instructions beside each MMA of the main loop; NVIDIA's own examples: bench/sass
 
 
-def problems(cubin: Path, tile: LinearTile | GroupedTile | None) -> list[str]:
-    """What is wrong with the machine code of a tile's kernel, linear or experts'; None: it multiplies nothing."""
+def problems(cubin: Path, kernel: Kernel) -> list[str]:
+    """What is wrong with `kernel`'s machine code; of one that multiplies nothing only spills are."""
+    tile = kernel.tile
     code = read(cubin)
     wrong = code.problems()
     if tile is None:

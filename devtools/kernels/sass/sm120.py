@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cutedsl_nvfp4.sm120.tiles import LinearTile
+from cutedsl_nvfp4.family import Kernel
 from devtools.kernels.sass.machine_code import read
 
 INSTRUCTION = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
@@ -11,8 +11,9 @@ OTHER_PER_WARP = (
 )
 
 
-def problems(cubin: Path, tile: LinearTile | None) -> list[str]:
-    """What is wrong with the machine code of a tile's linear kernel or expert product; None for other kernels."""
+def problems(cubin: Path, kernel: Kernel) -> list[str]:
+    """What is wrong with `kernel`'s machine code; of one that multiplies nothing only spills are."""
+    tile = kernel.tile
     code = read(cubin)
     wrong = code.problems()
     if tile is None:

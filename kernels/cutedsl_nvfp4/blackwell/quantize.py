@@ -1,21 +1,15 @@
 """Activations to NVFP4 on Blackwell: compiles the kernel once, launches it.
 
-x [M, groups * K] -> codes, block scales in 128x4 tiles, and the scale of each token. See quantizer.py.
+x [M, groups * K] -> codes, block scales in 128x4 tiles, and the scale of each token. See quantize_kernel.py.
 """
 
-import re
 from functools import cache
 
 import torch
 
-from .. import support
-from ..compiled import compiled
+from ..family import Kernel, arch_of
 from ..format import GROUP_SIZE, padded_k, unswizzle_scales
-
-
-def arch_of(device: torch.device) -> str:
-    """The architecture of `device`'s kernels: "sm_100a" on a B200."""
-    return f"sm_{support.capability_of(device)}a"
+from ..operands import addressable
 
 
 def quantized_shapes(m: int, k: int, groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -60,36 +54,18 @@ def run(
     codes, scales = (torch.empty(shape, dtype=torch.uint8, device=x.device) for shape in shapes)
     if m == 0:
         return codes, scales, act_scale
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.stride(0) < x.shape[1] or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)  # what 16-byte loads can address
-    kernel = load(kernel_name(dynamic, arch_of(x.device)))
-    kernel(x, act_scale, codes, scales, groups, k, int(act_scale.numel() > 1))
+    launch = kernel(dynamic, arch_of(x.device)).load()
+    launch(addressable(x), act_scale, codes, scales, groups, k, int(act_scale.numel() > 1))
     return codes, scales, act_scale
 
 
-def shipped_kernels(arch: str) -> dict[str, tuple]:
-    """{name: arguments of compile.compile_quantize} of every kernel `run` can ask for."""
-    return {kernel_name(dynamic, arch): (dynamic, arch) for dynamic in (False, True)}
+def shipped(arch: str) -> dict[str, Kernel]:
+    """{name: kernel} of everything that `run` can ask for."""
+    return {found.name: found for found in (kernel(dynamic, arch) for dynamic in (False, True))}
 
 
 @cache
-def kernel_name(dynamic: bool, arch: str) -> str:
-    """The name a kernel has in `compiled` and in the ahead-of-time library."""
-    return f"nvfp4_quantize_{arch.replace('_', '')}_{'dynamic' if dynamic else 'static'}"
-
-
-def load(name: str):
-    """The kernel called `name`, compiled or loaded now instead of at its first use."""
-
-    return compiled(name, lambda: _compile(*shipped_kernels(arch_of_name(name))[name]))
-
-
-def arch_of_name(name: str) -> str:
-    """The architecture in a kernel's name: "sm_100a" of nvfp4_linear_sm100a_16_0_9_1_bf16."""
-    return re.search(r"_sm(\d+a)_", name).expand(r"sm_\1")
-
-
-def _compile(dynamic: bool, arch: str):
-    from .compile import compile_quantize  # needs CuTe DSL, which ahead-of-time kernels do not
-
-    return compile_quantize(dynamic, arch)
+def kernel(dynamic: bool, arch: str) -> Kernel:
+    """The kernel that rounds with each token's own scale (`dynamic`), or with scales that are known."""
+    name = f"nvfp4_quantize_{arch.replace('_', '')}_{'dynamic' if dynamic else 'static'}"
+    return Kernel(name, "blackwell.compile", "quantize", (dynamic, arch))

@@ -5,40 +5,55 @@ from the operands themselves; under W4A4 with the activations rounded by referen
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ..blackwell.quantize import arch_of
-from ..format import SCALE_DTYPE
-from ..prepare import PreparedExperts, PreparedLinear, plain_experts, plain_linear
+from ..family import ExpertsProblem, Family, LinearProblem, family_for
+from ..prepare import PreparedExperts, PreparedLinear, plain_experts, plain_panels
 from ..reference import dequantize, dynamic_act_scale, quantize, swiglu
-from ..sm90 import experts as sm90_experts
-from ..sm90 import linear as sm90_linear
-from ..sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
-from ..sm90.tiles import ExpertTiles, LinearTile, chosen, chosen_experts
-from ..support import Layout, block_scaled_kernels
 
+PANEL_ROWS = 64  # weight rows that are compared together
 PANELS = 8  # weight panels a product is compared on: the first, the last and random ones
 TOKENS = 64  # rows of x it is compared on
 EXPERT_TOKENS = 2  # the same for experts, of which each token meets several
 W4A4_TOKENS = 4  # and of those that round their intermediate to NVFP4
 FLIPPED_LIMIT = 0.25  # relative, of tokens where such a value went to the next code
 BF16_LIMIT = 1.5  # times the error of rounding the exact product to bf16
-F32_LIMIT = 2e-5  # relative, of a float32 result
-BLACKWELL_F32_LIMIT = 2e-4  # the same of FP4 tensor cores, whose accumulation nobody here has measured
 STATIC_SIZE = 400.0  # of random activations, times their act_scale, whose tensor reaches 6 * 448
-EXPERTS = "nvfp4_experts_w4a4 "  # how names of experts' kernels for W4A4 begin
-
-
-class SelfCheckFailed(RuntimeError):
-    """A kernel is wrong, crashed or hung; the message says which and how."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One linear layer with prepared operands (Layout.SM90 or BLOCK_SCALED)."""
+class Variant:
+    """What stage one runs on operands of its own: a kernel, or the kernels of one choice of experts' tiles.
+
+    All strings and numbers, so that it crosses to the child as JSON; the child looks the names up.
+    """
+
+    family: str
+    arch: str
+    operation: str  # "linear", "experts" or "quantize"
+    name: str  # of the kernel; of experts' tiles, as their family's `choices` call them
+    static: bool = False  # under W4A4: whether experts' activation scales are known beforehand
+
+    def __str__(self) -> str:
+        if self.operation != "experts":
+            return self.name
+        return f"experts {self.arch}{' static' if self.static else ''} {self.name}"
+
+
+class SelfCheckFailed(RuntimeError):
+    """A kernel is wrong, crashed or hung; the message says which and how. `variant`: of stage one, what it was at."""
+
+    def __init__(self, message: str, variant: Variant | None = None):
+        super().__init__(message)
+        self.variant = variant
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer with operands prepared for a GPU's layout."""
 
     name: str
     operands: PreparedLinear
@@ -47,68 +62,49 @@ class Layer:
     act_scale: torch.Tensor | None = None  # f32 [1] of W4A4; None: each token's own
 
     @property
-    def block_scaled(self) -> bool:
-        return self.operands.layout is Layout.BLOCK_SCALED
+    def family(self) -> Family:
+        return family_for(self.operands.layout, self.operands.codes.device)
 
     @property
-    def shape(self) -> tuple:
-        dynamic = self.act_scale is None
-        return (
-            self.operands.n, self.operands.k, self.operands.groups, self.out_dtype, self.bias is not None, dynamic
-        )  # fmt: skip
+    def problem(self) -> LinearProblem:
+        weight = self.operands
+        static = self.act_scale is not None
+        return LinearProblem(weight.n, weight.k, weight.groups, self.out_dtype, self.bias is not None, static)
 
     def __str__(self) -> str:
         weight = self.operands
         return f"N = {weight.n}, K = {weight.k}, groups = {weight.groups}, {self.out_dtype}"
 
-    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[LinearTile, int]:
-        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
-        if self.block_scaled:
-            weight = self.operands
-            kernels = block_scaled_kernels("linear", weight.codes.device)
-            plain = self.bias is None and self._aligned()
-            return kernels.chosen(weight.n, weight.k, weight.groups, max_tokens, plain)
-        return chosen(
-            *self._problem(), max_tokens, batch_invariant, plain=self.bias is None and self._aligned()
-        )
+    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[Any, int]:
+        """Tiles that 1 .. max_tokens tokens take, each with the fewest tokens that take it."""
+        return self.family.linear.chosen(self.problem, max_tokens, batch_invariant)
 
-    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
-        """Names of the kernels behind `tiles`."""
-        tiles = self.tiles(max_tokens, batch_invariant)
-        if self.block_scaled:
-            weight = self.operands
-            kernels = block_scaled_kernels("linear", weight.codes.device)
-            return kernels.kernel_names(
-                tiles, weight.n, weight.groups, self.out_dtype, self.bias is not None, self.act_scale is None,
-                weight.codes.device,
-            )  # fmt: skip
-        has_bias, aligned = self.bias is not None, self._aligned()
-        return [sm90_linear.kernel_name(tile, self.out_dtype, has_bias, aligned) for tile in tiles]
+    def variants(self, max_tokens: int, batch_invariant: bool) -> list[Variant]:
+        """The kernels behind `tiles`."""
+        family, arch = self.family, self.family.arch_of(self.operands.codes.device)
+        names: dict[str, str] = {}
+        for tile in self.tiles(max_tokens, batch_invariant):
+            names |= {kernel.name: kernel.kind for kernel in family.linear.kernels(self.problem, tile, arch)}
+        return [Variant(family.name, arch, kind, name) for name, kind in names.items()]
 
-    def _problem(self) -> tuple[int, int, int]:
-        """(rows, K, groups) as the kernel sees them: with the padding between groups."""
+    def multiply(self, inputs: tuple[torch.Tensor, ...], tile: Any, out: torch.Tensor) -> None:
+        """What the op computes, with one tile, into `out`."""
         weight = self.operands
-        return (
-            (weight.codes.shape[0] * PANEL_ROWS if weight.groups > 1 else weight.n),
-            weight.k,
-            weight.groups,
-        )
-
-    def _aligned(self) -> bool:
-        if self.block_scaled:
-            return self.operands.n // self.operands.groups * self.out_dtype.itemsize % 16 == 0
-        return self._problem()[0] * self.out_dtype.itemsize % 16 == 0
+        self.family.linear.run(
+            *inputs, weight.codes, weight.block_scales, weight.row_scale, self.act_scale, self.bias,
+            n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, tile=tile, out=out,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ExpertsLayer:
-    """One layer of prepared routed experts (Layout.SM90 or BLOCK_SCALED), E of them local."""
+    """One layer of routed experts prepared for a GPU's layout, E of them local."""
 
     name: str
     operands: PreparedExperts
     topk: int
-    known: int  # experts that ids name
-    expert_map: torch.Tensor | None = None  # int [known] -> local id or -1
+    num_global_experts: int  # experts that ids name
+    expert_map: torch.Tensor | None = None  # int [global experts] -> local id or -1
     swiglu_limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
     ranks: int = 1  # data-parallel ranks whose tokens meet here
@@ -116,8 +112,8 @@ class ExpertsLayer:
     act_scale_2: torch.Tensor | None = None  # f32 [E]; None with act_scale_13
 
     @property
-    def block_scaled(self) -> bool:
-        return self.operands.layout is Layout.BLOCK_SCALED
+    def family(self) -> Family:
+        return family_for(self.operands.layout, self.operands.w13_codes.device)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -126,75 +122,49 @@ class ExpertsLayer:
         return experts, hidden, self.operands.w13_row_scale.shape[1] // 2
 
     @property
-    def shape(self) -> tuple:
-        return *self.sizes, self.topk, self.known, self.out_dtype, self.act_scale_13 is None
+    def problem(self) -> ExpertsProblem:
+        experts, hidden, intermediate = self.sizes
+        static = self.act_scale_13 is not None
+        return ExpertsProblem(
+            hidden, intermediate, self.topk, experts, self.num_global_experts, self.out_dtype, static
+        )
 
     def __str__(self) -> str:
         experts, hidden, intermediate = self.sizes
-        return f"E = {experts} of {self.known}, H = {hidden}, I = {intermediate}, top-k = {self.topk}"
+        return f"E = {experts} of {self.num_global_experts}, H = {hidden}, I = {intermediate}, top-k = {self.topk}"
 
-    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[ExpertTiles, int]:
-        """Tiles that 1 .. max_tokens tokens take, each with a number of tokens that takes it."""
-        experts, hidden, intermediate = self.sizes
-        most = max_tokens * self.ranks
-        if self.block_scaled:
-            return self._blackwell().chosen_experts(self.topk, self.known, most)
-        return chosen_experts(hidden, intermediate, self.topk, experts, self.known, most, batch_invariant)
+    def tiles(self, max_tokens: int, batch_invariant: bool) -> dict[Any, int]:
+        """Pairs of tiles that 1 .. max_tokens tokens take, each with the fewest tokens that take it."""
+        return self.family.experts.chosen(self.problem, max_tokens * self.ranks, batch_invariant)
 
-    def kernels(self, max_tokens: int, batch_invariant: bool) -> list[str]:
-        """Names of the kernels behind `tiles`, those of one choice together."""
-        if self.block_scaled:
-            arch = arch_of(self.operands.w13_codes.device)
-            policy = "dynamic" if self.act_scale_13 is None else "static"
-            names = map(self._blackwell().tiles_name, self.tiles(max_tokens, batch_invariant))
-            return [f"{EXPERTS}{arch} {policy} {name}" for name in names]
-        return [sm90_experts.tiles_name(tiles) for tiles in self.tiles(max_tokens, batch_invariant)]
+    def variants(self, max_tokens: int, batch_invariant: bool) -> list[Variant]:
+        """The kernels behind `tiles`, those of one pair together."""
+        family, arch = self.family, self.family.arch_of(self.operands.w13_codes.device)
+        name_of = {tiles: name for name, tiles in family.experts.choices().items()}
+        return [
+            Variant(family.name, arch, "experts", name_of[tiles], self.problem.static)
+            for tiles in self.tiles(max_tokens, batch_invariant)
+        ]
 
-    def _blackwell(self) -> ModuleType:
-        return block_scaled_kernels("experts", self.operands.w13_codes.device)
-
-
-# (inputs, layer, tile, out) -> None, writes out; inputs are (x,), or for experts (x, top-k weights, top-k ids)
-Multiply = Callable[
-    [tuple[torch.Tensor, ...], Layer | ExpertsLayer, LinearTile | ExpertTiles, torch.Tensor], None
-]
-
-
-def multiply(
-    inputs: tuple[torch.Tensor, ...],
-    layer: Layer | ExpertsLayer,
-    tile: LinearTile | ExpertTiles,
-    out: torch.Tensor,
-) -> None:
-    """What the op computes, with one tile."""
-    weight = layer.operands
-    if isinstance(layer, Layer) and layer.block_scaled:
-        block_scaled_kernels("linear", weight.codes.device).run(
-            *inputs, weight.codes, weight.block_scales, weight.row_scale, layer.act_scale, layer.bias,
-            n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
-        )  # fmt: skip
-        return
-    if isinstance(layer, Layer):
-        sm90_linear.run(
-            *inputs, weight.codes, weight.block_scales, weight.row_scale, layer.bias,
-            n=weight.n, k=weight.k, groups=weight.groups, out_dtype=out.dtype, config=tile, out=out,
-        )  # fmt: skip
-        return
-    x, weights, ids = inputs
-    _, hidden, intermediate = layer.sizes
-    if layer.block_scaled:
-        block_scaled_kernels("experts", weight.w13_codes.device).run(
+    def multiply(self, inputs: tuple[torch.Tensor, ...], tiles: Any, out: torch.Tensor) -> None:
+        """What the op computes, with one pair of tiles, into `out`."""
+        weight, (x, topk_weights, topk_ids), (_, hidden, intermediate) = self.operands, inputs, self.sizes
+        self.family.experts.run(
             x, weight.w13_codes, weight.w13_block_scales, weight.w13_row_scale, weight.w2_codes,
-            weight.w2_block_scales, weight.w2_row_scale, weights, ids, layer.act_scale_13, layer.act_scale_2,
-            layer.expert_map, hidden=hidden, intermediate=intermediate, swiglu_limit=layer.swiglu_limit,
-            out_dtype=out.dtype, config=tile, out=out,
+            weight.w2_block_scales, weight.w2_row_scale, topk_weights, topk_ids, self.act_scale_13, self.act_scale_2,
+            self.expert_map, hidden=hidden, intermediate=intermediate, swiglu_limit=self.swiglu_limit,
+            out_dtype=out.dtype, tiles=tiles, out=out,
         )  # fmt: skip
-        return
-    sm90_experts.run(
-        x, weight.w13_codes, weight.w13_block_scales, weight.w13_row_scale, weight.w2_codes, weight.w2_block_scales,
-        weight.w2_row_scale, weights, ids, layer.expert_map, hidden=hidden, intermediate=intermediate,
-        swiglu_limit=layer.swiglu_limit, out_dtype=out.dtype, config=tile, out=out,
-    )  # fmt: skip
+
+
+Layer = LinearLayer | ExpertsLayer
+# (inputs, layer, tile, out) -> None, writes out; inputs are (x,), or for experts (x, top-k weights, top-k ids)
+Multiply = Callable[[tuple[torch.Tensor, ...], Layer, Any, torch.Tensor], None]
+
+
+def multiply(inputs: tuple[torch.Tensor, ...], layer: Layer, tile: Any, out: torch.Tensor) -> None:
+    """What the op computes, with one tile."""
+    layer.multiply(inputs, tile, out)
 
 
 def _pick(count: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
@@ -205,22 +175,9 @@ def _pick(count: int, wanted: int, generator: torch.Generator) -> torch.Tensor:
     return torch.cat([torch.tensor([0, count - 1]), inner]).sort().values
 
 
-def _panels(layer: Layer) -> int:
+def _panels(weight: PreparedLinear) -> int:
     """Panels of 64 rows that the groups' rows fill."""
-    return layer.operands.groups * -(-layer.operands.n // layer.operands.groups // PANEL_ROWS)
-
-
-def _values(layer: Layer, panels: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Weights of `panels` without the global scale, float64 [P, 64, K]; `rows` [P, 64] are theirs."""
-    weight = layer.operands
-    if layer.block_scaled:
-        codes, scales = plain_linear(weight)
-        rows = rows.clamp(max=weight.n - 1)
-        return dequantize(codes[rows], scales.view(torch.uint8)[rows].view(SCALE_DTYPE), dtype=torch.float64)
-    plain = unpack_linear(
-        weight.codes[panels], weight.block_scales[panels], PANEL_ROWS * len(panels), weight.k
-    )
-    return dequantize(*plain, dtype=torch.float64).view(-1, PANEL_ROWS, weight.k)
+    return weight.groups * -(-weight.n // weight.groups // PANEL_ROWS)
 
 
 def as_multiplied(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tensor:
@@ -234,19 +191,18 @@ def as_multiplied(x: torch.Tensor, act_scale: torch.Tensor | None) -> torch.Tens
 
 
 def _exact(
-    x: torch.Tensor, layer: Layer, panels: torch.Tensor
+    x: torch.Tensor, layer: LinearLayer, panels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(rows n [R] of `panels`, their products with x in float64 [T, R], what size these have by chance [R])."""
     weight = layer.operands
-    panels_per_group = _panels(layer) // weight.groups
+    panels_per_group = _panels(weight) // weight.groups
     rows_per_group = weight.n // weight.groups
     group = panels // panels_per_group
     row = (panels % panels_per_group * PANEL_ROWS).unsqueeze(1) + torch.arange(PANEL_ROWS, device=x.device)
     real = row < rows_per_group  # the rest is padding
-    n = (group * rows_per_group).unsqueeze(1) + row
-    values = _values(layer, panels, n)
-    n = n[real]
-    seen = as_multiplied(x, layer.act_scale) if layer.block_scaled else x.double()
+    n = ((group * rows_per_group).unsqueeze(1) + row)[real]
+    values = dequantize(*plain_panels(weight, panels), dtype=torch.float64)  # [P, 64, K]
+    seen = as_multiplied(x, layer.act_scale) if layer.family.w4a4 else x.double()
     tokens = seen.view(len(x), weight.groups, weight.k)[:, group]
     row_scale = weight.row_scale[n].double()
     exact = torch.einsum("tpk,prk->tpr", tokens, values)[:, real] * row_scale
@@ -271,7 +227,7 @@ def _check_finite(out: torch.Tensor) -> None:
 
 
 def check_product(
-    layer: Layer, m: int, tile: LinearTile, generator: torch.Generator, multiply: Multiply = multiply
+    layer: LinearLayer, m: int, tile: Any, generator: torch.Generator, multiply: Multiply = multiply
 ) -> float:
     """Multiply m random tokens by `layer` with `tile` -> the error over its limit, at most 1.
 
@@ -291,7 +247,7 @@ def check_product(
     multiply((x,), layer, tile, out)
     _check_finite(out)
     tokens = _pick(m, TOKENS, generator).to(device)
-    rows, exact, size = _exact(x[tokens], layer, _pick(_panels(layer), PANELS, generator).to(device))
+    rows, exact, size = _exact(x[tokens], layer, _pick(_panels(weight), PANELS, generator).to(device))
     # over their size, or rows with a small global scale would not count
     off = (out[tokens][:, rows].double() - exact) / size
     norm = (exact / size).norm()
@@ -300,7 +256,7 @@ def check_product(
             raise SelfCheckFailed("a weight of zeros gave a result")
         return 0.0
     error = float(off.norm() / norm)
-    limit = BLACKWELL_F32_LIMIT if layer.block_scaled else F32_LIMIT
+    limit = layer.family.f32_limit
     if layer.out_dtype != torch.float32:
         limit = BF16_LIMIT * float(((exact.to(layer.out_dtype).double() - exact) / size).norm() / norm)
     if not error <= limit:
@@ -311,27 +267,20 @@ def check_product(
 
 def _expert(layer: ExpertsLayer, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Decoded float64 weights of one local expert: (w13 [2I, H], gate rows first, w2 [H, I])."""
-    weight, (_, hidden, intermediate) = layer.operands, layer.sizes
-    if layer.block_scaled:
-        one = {key: value[expert : expert + 1] for key, value in vars(weight).items() if key != "layout"}
-        plain = [t[0] for t in plain_experts(PreparedExperts(**one, layout=weight.layout))]
-        w13, w2 = (dequantize(*plain[i : i + 2], dtype=torch.float64) for i in (0, 2))
-        return (
-            w13 * weight.w13_row_scale[expert].double().unsqueeze(1),
-            w2 * weight.w2_row_scale[expert].double().unsqueeze(1),
-        )
-    w13 = unpack_linear(weight.w13_codes[expert], weight.w13_block_scales[expert], 2 * intermediate, hidden)
-    w13 = dequantize(*(separate_gate_up(t) for t in w13), dtype=torch.float64)
-    w2 = unpack_linear(weight.w2_codes[expert], weight.w2_block_scales[expert], hidden, intermediate)
-    w2 = dequantize(*w2, dtype=torch.float64)
+    weight = layer.operands
+    tensors = {key: value for key, value in vars(weight).items() if isinstance(value, torch.Tensor)}
+    one = replace(weight, **{key: value[expert : expert + 1] for key, value in tensors.items()})
+    w13_codes, w13_scales, w2_codes, w2_scales = (t[0] for t in plain_experts(one))
     return (
-        w13 * weight.w13_row_scale[expert].double().unsqueeze(1),
-        w2 * weight.w2_row_scale[expert].double().unsqueeze(1),
+        dequantize(w13_codes, w13_scales, dtype=torch.float64)
+        * weight.w13_row_scale[expert].double().unsqueeze(1),
+        dequantize(w2_codes, w2_scales, dtype=torch.float64)
+        * weight.w2_row_scale[expert].double().unsqueeze(1),
     )
 
 
 def check_experts(
-    layer: ExpertsLayer, m: int, tiles: ExpertTiles, generator: torch.Generator, multiply: Multiply = multiply
+    layer: ExpertsLayer, m: int, tiles: Any, generator: torch.Generator, multiply: Multiply = multiply
 ) -> float:
     """m random tokens through random experts of `layer` -> the error over its limit, at most 1.
 
@@ -340,7 +289,8 @@ def check_experts(
     its values to the next, a third away: then half of the compared tokens have to keep the limit and all of them
     FLIPPED_LIMIT. Raises as `check_product`.
     """
-    if layer.block_scaled:
+    w4a4 = layer.family.w4a4
+    if w4a4:
         m = max(m, W4A4_TOKENS)
     _, hidden, intermediate = layer.sizes
     device = layer.operands.w13_codes.device
@@ -350,7 +300,7 @@ def check_experts(
         x = x * (layer.act_scale_13 * STATIC_SIZE)
     x = x.to(torch.bfloat16)
     ids = (
-        torch.rand(m, layer.known, device=device, generator=on_device)
+        torch.rand(m, layer.num_global_experts, device=device, generator=on_device)
         .topk(layer.topk)
         .indices.to(torch.int32)
     )
@@ -369,7 +319,7 @@ def check_experts(
     if bool(out[~served].any()):
         raise SelfCheckFailed("tokens without a local expert got a result")
     candidates = served.nonzero().flatten() if bool(served.any()) else torch.arange(m, device=device)
-    wanted = W4A4_TOKENS if layer.block_scaled else EXPERT_TOKENS
+    wanted = W4A4_TOKENS if w4a4 else EXPERT_TOKENS
     tokens = candidates[_pick(len(candidates), wanted, generator).to(device)].tolist()
     exact = torch.zeros(len(tokens), hidden, device=device, dtype=torch.float64)
     rounded = exact.clone()
@@ -378,12 +328,10 @@ def check_experts(
             if expert < 0:
                 continue
             w13, w2 = _expert(layer, expert)
-            seen = (
-                as_multiplied(x[token : token + 1], layer.act_scale_13)[0] if layer.block_scaled else x[token]
-            )
+            seen = as_multiplied(x[token : token + 1], layer.act_scale_13)[0] if w4a4 else x[token]
             h = swiglu(*(w13 @ seen.double()).chunk(2), layer.swiglu_limit)
             by = float(weights[token, choice])
-            if layer.block_scaled:
+            if w4a4:
                 of_expert = None if layer.act_scale_2 is None else layer.act_scale_2.view(-1)[expert]
                 h = as_multiplied(h.to(torch.bfloat16).unsqueeze(0), of_expert)[0]
                 exact[i] += by * (w2 @ h)
@@ -398,7 +346,7 @@ def check_experts(
         return 0.0
     error = float(off.norm() / norm)
     limit = BF16_LIMIT * float((rounded.to(layer.out_dtype).double() - exact).norm() / norm)
-    if layer.block_scaled and error <= FLIPPED_LIMIT:
+    if w4a4 and error <= FLIPPED_LIMIT:
         of_token = (off.norm(dim=1) / exact.norm(dim=1).clamp(min=1e-30)).sort().values
         error = float(of_token[(len(of_token) - 1) // 2])
     if not error <= limit:

@@ -1,35 +1,26 @@
-"""NVFP4 W4A4 mixture of experts on workstation Blackwell: sm100/experts.py's six kernels with products of our own.
+"""NVFP4 W4A4 mixture of experts on workstation Blackwell: blackwell/experts.py with products of experts_kernel.py.
 
-route, gather, combine    as on data-centre Blackwell, compiled for this one
-w13, w2                   grouped.py
+Keeps family.Experts.
 """
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 
-from ..blackwell.quantize import arch_of_name
-from ..sm100 import experts
+from ..blackwell import experts
+from ..family import ExpertsProblem, Kernel
 from .tiles import ExpertTiles, choose_experts, chosen_experts, shipped_expert_tiles
 
-__all__ = [
-    "chosen_experts",
-    "load_tiles",
-    "run",
-    "shipped_kernels",
-    "tiles_by_name",
-    "tiles_name",
-]  # of every family
+_product = cache(partial(experts.product_kernel, "sm120.compile"))
 
 
 def run(
     x: torch.Tensor,  # bf16 [M, H]
-    w13_codes: torch.Tensor,  # uint8 [E, 2I, H' / 2], gate rows first
-    w13_scales: torch.Tensor,  # uint8 [E, 2 * ceil(I / 128), ceil(H / 64), 32, 16], gate's tiles first
+    w13_codes: torch.Tensor,  # uint8 [E, 2I, H'/2], gate rows first; H' = H rounded up to 32
+    w13_block_scales: torch.Tensor,  # uint8 [E, 2 * ceil(I/128), ceil(H/64), 32, 16], gate's tiles first
     w13_row_scale: torch.Tensor,  # f32 [E, 2I]
-    w2_codes: torch.Tensor,  # uint8 [E, H, I' / 2]
-    w2_scales: torch.Tensor,  # uint8 [E, ceil(H / 128), ceil(I / 64), 32, 16]
+    w2_codes: torch.Tensor,  # uint8 [E, H, I'/2]
+    w2_block_scales: torch.Tensor,  # uint8 [E, ceil(H/128), ceil(I/64), 32, 16]
     w2_row_scale: torch.Tensor,  # f32 [E, H]
     topk_weights: torch.Tensor,  # f32 [M, T]
     topk_ids: torch.Tensor,  # int [M, T], global expert ids; others are skipped
@@ -41,39 +32,44 @@ def run(
     intermediate: int,
     swiglu_limit: float | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    config: ExpertTiles | None = None,
+    batch_invariant: bool = False,
+    tiles: ExpertTiles | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, W4A4, on torch's current stream; as sm100.experts.run."""
-    if config is None:
-        known = w13_codes.shape[0] if expert_map is None else expert_map.shape[0]
-        config = choose_experts(topk_ids.numel(), known)
+    """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, W4A4, on torch's current stream; see reference.experts.
+
+    Weights come from `prepare_experts` for Layout.BLOCK_SCALED. They, row scales, activation scales,
+    topk_weights, topk_ids and expert_map follow the rule of `linear.run`: no kernel that lets its
+    successor start early may write them. A pair whose id is negative, unknown or maps to -1 adds nothing. The
+    result is the same in every run. `tiles` overrides the choice, `out` receives the result instead of
+    new memory. Raises ValueError for operands that do not fit.
+    """
     return experts.run(
-        x, w13_codes, w13_scales, w13_row_scale, w2_codes, w2_scales, w2_row_scale, topk_weights, topk_ids,
-        act_scale_13, act_scale_2, expert_map, hidden=hidden, intermediate=intermediate, swiglu_limit=swiglu_limit,
-        out_dtype=out_dtype, config=config, out=out,
+        x, (w13_codes, w13_block_scales, w13_row_scale), (w2_codes, w2_block_scales, w2_row_scale),
+        topk_weights, topk_ids, (act_scale_13, act_scale_2), expert_map,
+        hidden=hidden, intermediate=intermediate, swiglu_limit=swiglu_limit, out_dtype=out_dtype,
+        batch_invariant=batch_invariant, choose=choose_experts if tiles is None else lambda *_: tiles,
+        product=_product, out=out,
     )  # fmt: skip
 
 
-@cache
-def shipped_kernels(arch: str) -> dict[str, tuple]:
-    """{name: arguments of `build`} of every kernel a served model's `run` can ask for on `arch`."""
-    kernels = [kernel[1:] for kernel in experts.shipped_kernels(arch).values() if kernel[1] != "product"]
-    for tiles in shipped_expert_tiles():
-        kernels += [("product", tiles.w13, result) for result in experts.RESULTS[:2]]
-        kernels.append(("product", tiles.w2, experts.RESULTS[2]))
-    return {experts.kernel_name(arch, *kernel): (arch, *kernel) for kernel in kernels}
+def chosen(problem: ExpertsProblem, max_tokens: int, batch_invariant: bool) -> dict[ExpertTiles, int]:
+    """Every pair of tiles that `run` takes for 1 .. max_tokens tokens, each with the fewest that take it."""
+    return chosen_experts(problem.topk, problem.num_global_experts, max_tokens)
+
+
+def kernels(problem: ExpertsProblem, tiles: ExpertTiles, arch: str) -> list[Kernel]:
+    """The kernels that `run` launches with `tiles`, each once."""
+    return experts.kernels(problem, tiles, arch, _product)
 
 
 @cache
-def tiles_by_name() -> dict[str, ExpertTiles]:
-    """{name: tiles} of every choice of tiles a served model's `run` can take; one is several kernels."""
-    return {experts.tiles_name(tiles): tiles for tiles in shipped_expert_tiles()}
+def shipped(arch: str) -> dict[str, Kernel]:
+    """{name: kernel} of everything that a served model's `run` can ask for on `arch`."""
+    return experts.shipped(arch, shipped_expert_tiles(), _product)
 
 
-def load(name: str) -> Callable:
-    """The kernel called `name`, one of `shipped_kernels`, compiled or loaded now instead of at its first use."""
-    return experts._kernel(*shipped_kernels(arch_of_name(name))[name])
-
-
-tiles_name, load_tiles, build = experts.tiles_name, experts.load_tiles, experts.build
+@cache
+def choices() -> dict[str, ExpertTiles]:
+    """{name: tiles} of every pair of tiles that a served model's `run` can take."""
+    return experts.choices(shipped_expert_tiles())

@@ -202,3 +202,56 @@ def unpack_linear(
         pack_codes(nibbles[..., :n, :k].to(torch.uint8)),
         block_scales.contiguous().view(torch.float8_e4m3fn),
     )
+
+
+def lay_out_linear(
+    codes: torch.Tensor,  # uint8 [N, K/2]
+    block_scales: torch.Tensor,  # e4m3 [N, K/16]
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checkpoint weight -> (codes int64 [P, KB, 256], scales int32 [P, KB, 64]), panels within a group."""
+    grouped = (t.view(groups, codes.shape[0] // groups, -1) for t in (codes, block_scales))
+    packed_codes, packed_scales = pack_in_place(*grouped)
+    return packed_codes.flatten(0, 1), packed_scales.flatten(0, 1)
+
+
+def lay_out_experts(
+    w13_codes: torch.Tensor,  # uint8 [E, 2I, H/2], gate (w1) rows first
+    w13_block_scales: torch.Tensor,  # e4m3 [E, 2I, H/16]
+    w2_codes: torch.Tensor,  # uint8 [E, H, I/2]
+    w2_block_scales: torch.Tensor,  # e4m3 [E, H, I/16]
+) -> tuple[torch.Tensor, ...]:
+    """Checkpoint experts -> the same four, packed; gate and up rows interleaved."""
+    w13 = pack_experts(w13_codes, w13_block_scales, gate_up=True)
+    return *w13, *pack_experts(w2_codes, w2_block_scales, gate_up=False)
+
+
+def plain_linear(
+    codes: torch.Tensor, block_scales: torch.Tensor, n: int, k: int, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `lay_out_linear` -> (codes uint8 [N, K/2], block scales e4m3 [N, K/16]), copies."""
+    grouped = (t.unflatten(0, (groups, -1)) for t in (codes, block_scales))
+    plain_codes, plain_scales = unpack_linear(*grouped, n // groups, k)
+    return plain_codes.flatten(0, 1), plain_scales.flatten(0, 1)
+
+
+def plain_panels(
+    codes: torch.Tensor, block_scales: torch.Tensor, panels: torch.Tensor, n: int, k: int, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain_linear` of some panels of 64 rows, counted group by group -> [P, 64, ...]; rows of padding are zero."""
+    single = (t[panels].unsqueeze(1) for t in (codes, block_scales))  # a matrix of one panel each
+    return unpack_linear(*single, PANEL_ROWS, k)
+
+
+def plain_experts(
+    w13_codes: torch.Tensor,
+    w13_block_scales: torch.Tensor,
+    w2_codes: torch.Tensor,
+    w2_block_scales: torch.Tensor,
+    hidden: int,
+    intermediate: int,
+) -> tuple[torch.Tensor, ...]:
+    """The inverse of `lay_out_experts`; copies."""
+    w13 = unpack_linear(w13_codes, w13_block_scales, 2 * intermediate, hidden)
+    w2 = unpack_linear(w2_codes, w2_block_scales, hidden, intermediate)
+    return *(separate_gate_up(t) for t in w13), *w2

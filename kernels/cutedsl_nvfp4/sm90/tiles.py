@@ -73,6 +73,10 @@ class NarrowTile:
         """Whether the experts' kernels know every feature of this tile."""
         return not self.signal
 
+    def takes(self, m: int) -> bool:
+        """Whether the tile computes m tokens: all do."""
+        return True
+
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
         """One panel lies in one group."""
         return True
@@ -156,6 +160,10 @@ class WideTile:
         plain = self.split_k == self.multicast == 1
         plain = plain and not (self.lag or self.bulk or self.signal or self.tail)
         return plain and self.panels != 3 and self.tokens % 32 == 0
+
+    def takes(self, m: int) -> bool:
+        """Whether the tile computes m tokens: all do."""
+        return True
 
     def fits_groups(self, panels_per_group: int, groups: int) -> bool:
         """Whether CTAs that share tokens stay within one group of a block-diagonal weight."""

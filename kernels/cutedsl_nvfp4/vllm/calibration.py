@@ -9,7 +9,7 @@ import re
 from ..checkpoint.layers import EXPERTS, FUSED
 from ..checkpoint.names import native_name
 from ..format import AMAX_PER_GLOBAL_SCALE
-from .experts import W2_INPUT
+from .backend import W2_INPUT
 from .warmup import fold_in_twins, static_layers
 
 START_METHOD, STOP_METHOD = "cutedsl_nvfp4_start_calibration", "cutedsl_nvfp4_stop_calibration"

@@ -20,13 +20,11 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 )
 from vllm.model_executor.utils import replace_parameter
 
-from .. import ops, reference, settings, support
+from .. import ops, reference, settings, support  # noqa: F401  ops registers torch.ops.cutedsl
 from ..activation_scale import ActivationScales
 from ..prepare import PreparedExperts, plain_experts, prepare_experts
-from .linear import current_support, refuse_second_preparation
+from .backend import W2_INPUT, W13_INPUT, current_support, refuse_second_preparation
 from .refusals import refuse_unsupported
-
-W13_INPUT, W2_INPUT = "w13 input", "w2 input"
 
 
 class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
@@ -40,7 +38,8 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         if vllm_config is not None:
             refuse_unsupported(vllm_config, type(self).__name__, current_support(support.experts).layout)
         self.support = current_support(support.experts)
-        self.quantize_activations = support.quantizes_activations(self.support.layout)
+        self.layout = str(self.support.layout)  # a plain string: what torch.compile hands to the op
+        self.quantize_activations = support.quantizes_activations(self.support)
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self._supports_batch_invariance()
         self.layer: Module | None = None
 
@@ -89,7 +88,7 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_batch_invariance() -> bool:
-        return current_support(support.experts).layout is support.Layout.SM90
+        return current_support(support.experts).batch_invariant
 
     @staticmethod
     def _supports_routing_method(
@@ -133,8 +132,6 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
 
     def _plain(self, operands: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The op's operands as reference.experts takes them: weights as in the checkpoint, scales copied."""
-        if self.support.layout is support.Layout.PLAIN:
-            return operands
         x, *weights, topk_weights, topk_ids = operands
         w13_codes, w13_scales, w2_codes, w2_scales = plain_experts(
             PreparedExperts(*weights, self.support.layout)
@@ -201,9 +198,6 @@ class CuTeDSLNvFp4Experts(mk.FusedMoEExpertsModular):
         else:
             result = torch.ops.cutedsl.nvfp4_experts(
                 *operands, layer.act_scale_13, layer.act_scale_2, expert_map,
-                self.quantize_activations, limit, output.dtype, self.batch_invariant,
+                self.quantize_activations, limit, output.dtype, self.layout, self.batch_invariant,
             )  # fmt: skip
         output.copy_(result)
-
-
-assert ops  # registers torch.ops.cutedsl

@@ -4,70 +4,19 @@ import torch
 from torch.nn import Module, Parameter
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
-from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
 from vllm.model_executor.utils import replace_parameter
-from vllm.platforms import current_platform
 
-from .. import ops, settings, support
+from .. import ops, settings, support  # noqa: F401  ops registers torch.ops.cutedsl
 from ..activation_scale import ActivationScales
+from ..family import Layout
 from ..prepare import PreparedLinear, prepare_linear
 from ..reference import dequantize
-from .plugin import BACKEND
+from .backend import INPUT, current_support, opted_in, refuse_second_preparation
 from .refusals import refuse_unsupported
 
-logger = init_logger(__name__)
 
-INPUT = "x"
-
-
-def _device_support(operation) -> support.Support:
-    if current_platform.is_cpu():
-        return operation("cpu", None)
-    if not current_platform.is_cuda():
-        return operation(current_platform.device_type, None)
-    capability = current_platform.get_device_capability()
-    return operation("cuda", capability.to_int() if capability is not None else None)
-
-
-def current_support(operation) -> support.Support:
-    """Support for `operation` (support.linear or support.experts) on vLLM's current platform, as it is configured.
-
-    Kernels that this project never ran on such a device serve only where their backend was asked for by name.
-    """
-    found = _device_support(operation)
-    return found if found.proven else _opted_in(found, "linear" if operation is support.linear else "moe")
-
-
-def _opted_in(found: support.Support, kind: str) -> support.Support:
-    """`found` if --`kind`-backend names ours, else no support and why."""
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is not None:
-        config = vllm_config.kernel_config
-        asked = {getattr(config, f"{kind}_backend")}
-        if kind == "linear":
-            asked |= set((config.linear_backend_per_quant or {}).values())
-        if BACKEND in asked:
-            return found
-    return support.Support(
-        None,
-        "none",
-        f"{found.implementation} kernels are compiled and were never run by their authors; --{kind}-backend {BACKEND} "
-        f"serves with them if they pass their self-check on this device",
-    )
-
-
-def refuse_second_preparation(layer: Module, name: str) -> None:
-    """Raise if `layer` already holds prepared operands: vLLM is reloading its weights."""
-    if getattr(layer, "nvfp4_prepared", False):
-        raise ValueError(
-            f"{name}: reloading weights into prepared NVFP4 operands is not supported; restart the server "
-            f"with the new checkpoint"
-        )
-    layer.nvfp4_prepared = True
-
-
-def _prepare(layer: Module, layout: support.Layout) -> PreparedLinear:
+def _prepare(layer: Module, layout: Layout) -> PreparedLinear:
     """`layer`'s checkpoint parameters, checked, as operands of `layout`; refuses a second time."""
     refuse_second_preparation(layer, layer.prefix)
     return prepare_linear(
@@ -95,19 +44,19 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
         if vllm_config is not None:
             refuse_unsupported(vllm_config, type(self).__name__, current_support(support.linear).layout)
         self.support = current_support(support.linear)
-        self.quantize_activations = support.quantizes_activations(self.support.layout)
+        self.layout = str(self.support.layout)  # a plain string: what torch.compile hands to the op
+        self.quantize_activations = support.quantizes_activations(self.support)
         self.batch_invariant = envs.VLLM_BATCH_INVARIANT and self.supports_batch_invariance()
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         """Whether rows can be computed independently of the batch on this platform (nvfp4-linear-kernel-list)."""
-        return current_support(support.linear).layout is support.Layout.SM90
+        return current_support(support.linear).batch_invariant
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
         if compute_capability is not None:
-            found = support.linear("cuda", compute_capability)
-            found = found if found.proven else _opted_in(found, "linear")
+            found = opted_in(support.linear("cuda", compute_capability), "linear")
         else:
             found = current_support(support.linear)
         return bool(found), found.reason
@@ -153,8 +102,8 @@ class CuTeDSLNvFp4LinearKernel(NvFp4LinearKernel):
             flat, layer.weight, layer.weight_scale, layer.row_scale,
             None if observing else layer.act_scale, bias,
             layer.nvfp4_n, layer.nvfp4_k, layer.nvfp4_groups,
-            self.quantize_activations and not (observing and self.support.layout is support.Layout.PLAIN),
-            getattr(layer, "nvfp4_out_dtype", x.dtype), self.batch_invariant,
+            self.quantize_activations and not (observing and self.support.layout is Layout.PLAIN),
+            getattr(layer, "nvfp4_out_dtype", x.dtype), self.layout, self.batch_invariant,
         )  # fmt: skip
         return out.view(*x.shape[:-1], layer.nvfp4_n)
 
@@ -176,7 +125,7 @@ class DequantizedGroupedLinearKernel(NvFp4LinearKernel):
         return True, None
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        prepared = _prepare(layer, support.Layout.PLAIN)
+        prepared = _prepare(layer, Layout.PLAIN)
         weight = dequantize(
             prepared.codes, prepared.block_scales, prepared.row_scale.unsqueeze(1), torch.bfloat16
         )
@@ -186,6 +135,3 @@ class DequantizedGroupedLinearKernel(NvFp4LinearKernel):
 
     def apply_weights(self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         raise RuntimeError(f"{layer.prefix} is served by vLLM's output projection, not through its forward")
-
-
-assert ops  # registers torch.ops.cutedsl

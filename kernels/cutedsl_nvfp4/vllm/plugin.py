@@ -9,7 +9,6 @@ from vllm.platforms.interface import PlatformEnum
 from .. import settings
 
 VLLM_VERSION = "0.32.0"
-BACKEND = "cutedsl"  # --linear-backend and --moe-backend
 
 
 def check_vllm() -> None:
@@ -43,6 +42,7 @@ def register() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     from . import calibration
+    from .backend import BACKEND
     from .cpu import operators as cpu_kernels
     from .endpoint import REPORT_METHOD
     from .linear import CuTeDSLNvFp4LinearKernel

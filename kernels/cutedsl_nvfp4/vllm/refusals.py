@@ -6,7 +6,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from .. import settings
-from ..support import Layout
+from ..family import Layout
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | None) -> None:

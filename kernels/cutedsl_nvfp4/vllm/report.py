@@ -9,8 +9,9 @@ from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
 from .. import __version__, support
+from .backend import current_support
 from .experts import CuTeDSLNvFp4Experts
-from .linear import CuTeDSLNvFp4LinearKernel, DequantizedGroupedLinearKernel, current_support
+from .linear import CuTeDSLNvFp4LinearKernel, DequantizedGroupedLinearKernel
 
 
 def _row(name: str, kind: str, serving: object, ours: bool, found: support.Support) -> dict:

@@ -9,32 +9,34 @@ from vllm.distributed.parallel_state import get_world_group, model_parallel_is_i
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from .. import settings, support
+from .. import settings
+from ..family import Layout
 from ..prepare import PreparedExperts, PreparedLinear
-from ..selfcheck import child as selfcheck
+from ..selfcheck import report
+from ..selfcheck.products import ExpertsLayer, Layer, LinearLayer, SelfCheckFailed
 from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel
 
 logger = init_logger(__name__)
 
 
-def _linear(name: str, module: Module, kernel: CuTeDSLNvFp4LinearKernel) -> selfcheck.Layer:
+def _linear(name: str, module: Module, kernel: CuTeDSLNvFp4LinearKernel) -> LinearLayer:
     operands = PreparedLinear(
         module.weight.data, module.weight_scale.data, module.row_scale.data,
         module.nvfp4_n, module.nvfp4_k, kernel.support.layout, module.nvfp4_groups,
     )  # fmt: skip
     out_dtype = getattr(module, "nvfp4_out_dtype", torch.bfloat16)
     act_scale = getattr(module, "act_scale", None)
-    return selfcheck.Layer(name, operands, out_dtype, getattr(module, "bias", None), act_scale)
+    return LinearLayer(name, operands, out_dtype, getattr(module, "bias", None), act_scale)
 
 
-def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfcheck.ExpertsLayer:
+def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> ExpertsLayer:
     operands = PreparedExperts(
         module.w13_weight.data, module.w13_weight_scale.data, module.w13_row_scale.data,
         module.w2_weight.data, module.w2_weight_scale.data, module.w2_row_scale.data, kernel.support.layout,
     )  # fmt: skip
     config = kernel.moe_config
-    return selfcheck.ExpertsLayer(
+    return ExpertsLayer(
         name, operands, config.experts_per_token, config.num_experts, module.expert_map,
         kernel.quant_config.gemm1_clamp_limit,
         ranks=config.moe_parallel_config.dp_size * config.moe_parallel_config.pcp_size,
@@ -42,16 +44,16 @@ def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> selfchec
     )  # fmt: skip
 
 
-def _layers(model: Module) -> list[selfcheck.Layer | selfcheck.ExpertsLayer]:
+def _layers(model: Module) -> list[Layer]:
     """The model's layers that a GPU kernel of ours serves."""
-    layers: list[selfcheck.Layer | selfcheck.ExpertsLayer] = []
+    layers: list[Layer] = []
     for name, module in model.named_modules():
         quant_method = getattr(module, "quant_method", None)
         kernel = getattr(quant_method, "kernel", None)
         experts = getattr(getattr(quant_method, "moe_kernel", None), "fused_experts", None)
-        if isinstance(kernel, CuTeDSLNvFp4LinearKernel) and kernel.support.layout is not support.Layout.PLAIN:
+        if isinstance(kernel, CuTeDSLNvFp4LinearKernel) and kernel.support.layout is not Layout.PLAIN:
             layers.append(_linear(name, module, kernel))
-        elif isinstance(experts, CuTeDSLNvFp4Experts) and experts.support.layout is not support.Layout.PLAIN:
+        elif isinstance(experts, CuTeDSLNvFp4Experts) and experts.support.layout is not Layout.PLAIN:
             layers.append(_experts(name, experts.layer, experts))
     return layers
 
@@ -67,10 +69,10 @@ def _agree(failure: str | None) -> list[str]:
 
 
 @torch.inference_mode()
-def check_kernels(worker) -> None:
+def check_kernels(worker, check=report.check) -> None:
     """Check what serves `worker`'s model and note the verdict on the model, for GET /kernels.
 
-    Raises SelfCheckFailed, on every rank if it failed on one.
+    Raises SelfCheckFailed, on every rank if it failed on one. `check` does both stages.
     """
     model = worker.get_model()
     layers = _layers(model)
@@ -84,13 +86,13 @@ def check_kernels(worker) -> None:
     elif layers:
         tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
         try:
-            noted = selfcheck.check(layers, worker.device, tokens, bool(envs.VLLM_BATCH_INVARIANT)).as_dict()
+            noted = check(layers, worker.device, tokens, bool(envs.VLLM_BATCH_INVARIANT)).as_dict()
         except Exception as error:  # told to all ranks, which wait for it
             failure = error
         gc.collect()
         torch.accelerator.empty_cache()
     if failures := _agree(str(failure) if failure else None):
-        raise selfcheck.SelfCheckFailed(
+        raise SelfCheckFailed(
             f"an NVFP4 kernel failed its self-check on {current_platform.get_device_name()}: {'; '.join(failures)}. "
             "Nothing is served from it. Report this; --linear-backend NAME, or for experts --moe-backend NAME (such as "
             "humming), serves with a kernel of vLLM's meanwhile"

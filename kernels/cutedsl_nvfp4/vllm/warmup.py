@@ -16,8 +16,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, UniformT
 
 from ..activation_scale import ActivationScales
 from ..settings import ActivationScale
-from .experts import W2_INPUT, W13_INPUT
-from .linear import INPUT
+from .backend import INPUT, W2_INPUT, W13_INPUT
 
 logger = init_logger(__name__)
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cutedsl_nvfp4 import support
+from cutedsl_nvfp4 import family
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4.selfcheck.products import ExpertsLayer, LinearLayer, SelfCheckFailed
+from cutedsl_nvfp4.selfcheck.report import Report, check_layers
 from tests.support.faults.kernel import PLANTED, emulated
 
 pytestmark = pytest.mark.gpu_sm90
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu_sm90
 
 @pytest.fixture(autouse=True, params=[100, 120])
 def capability(monkeypatch, request):
-    monkeypatch.setattr(support, "capability_of", lambda device: request.param)
+    monkeypatch.setattr(family, "capability_of", lambda device: request.param)
 
 
 def random(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,13 +30,15 @@ def random(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales.view(torch.float8_e4m3fn)
 
 
-def linear(n: int, k: int, groups: int = 1, out_dtype: torch.dtype = torch.bfloat16, static=False) -> Layer:
+def linear(
+    n: int, k: int, groups: int = 1, out_dtype: torch.dtype = torch.bfloat16, static=False
+) -> LinearLayer:
     operands = prepare_linear(
         *random(n, k), torch.tensor([0.5, 0.002], device="cuda"), [n // 4, n - n // 4],
         layout=Layout.BLOCK_SCALED, groups=groups,
     )  # fmt: skip
     act_scale = torch.tensor([0.001], device="cuda") if static else None
-    return Layer("linear", operands, out_dtype, act_scale=act_scale)
+    return LinearLayer("linear", operands, out_dtype, act_scale=act_scale)
 
 
 def experts(static: bool) -> ExpertsLayer:
@@ -68,7 +70,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_right_products_pass(kind):
     report = Report()
-    selfcheck.check_layers([LAYERS[kind]()], 1024, False, report, emulated)
+    check_layers([LAYERS[kind]()], 1024, False, report, emulated)
     assert report.products > 1 and 0 < report.worst_error <= 1
 
 
@@ -76,4 +78,4 @@ def test_right_products_pass(kind):
 @pytest.mark.parametrize("fault", PLANTED)
 def test_planted_fault_is_caught(kind, fault):
     with pytest.raises(SelfCheckFailed, match=kind.split()[-1] if "experts" in kind else "linear"):
-        selfcheck.check_layers([LAYERS[kind]()], 512, False, Report(), PLANTED[fault])
+        check_layers([LAYERS[kind]()], 512, False, Report(), PLANTED[fault])

@@ -7,39 +7,25 @@ Only the rounding of activations is torch's (its instruction is Blackwell's too)
 import pytest
 import torch
 
-from cutedsl_nvfp4 import compiled, reference, settings
+from cutedsl_nvfp4 import compiled, family, reference, settings
+from cutedsl_nvfp4.family import Kernel, Layout
 from cutedsl_nvfp4.format import padded_k, swizzle_scales
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.sm100 import experts as shared
 from cutedsl_nvfp4.sm120 import experts, linear
 from cutedsl_nvfp4.sm120.tiles import general, shipped, shipped_expert_tiles
-from cutedsl_nvfp4.support import Layout
-from tests.sm100 import test_experts as emulated
 from tests.support import emulated_mma
+from tests.support.blackwell_experts import gather
 
-pytestmark = [
-    pytest.mark.gpu_sm90,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU (compute capability 9.0)",
-    ),
-]
+pytestmark = pytest.mark.gpu_sm90
 
 ARCH = emulated_mma.ARCH
 NAN = 0x7F  # of e4m3
 
 
-def kernels() -> dict[str, tuple]:
-    """{name: (what compiles it, arguments)} of all kernels below: `python test_sm120_on_hopper.py DIR` exports them."""
-    from cutedsl_nvfp4.sm120.compile import compile_linear
-
-    found = {name: (compile_linear, kernel) for name, kernel in linear.shipped_kernels(ARCH).items()}
-    kept = ("product", "route", "combine")
-    return found | {
-        name: (experts.build, kernel)
-        for name, kernel in experts.shipped_kernels(ARCH).items()
-        if kernel[1] in kept
-    }
+def kernels() -> list[Kernel]:
+    """All kernels below: `python -m tests.sm120.gpu.test_on_hopper DIR` exports them."""
+    found = [*linear.shipped(ARCH).values(), *experts.shipped(ARCH).values()]
+    return [kernel for kernel in found if kernel.kind in ("linear", "product", "route", "combine")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +33,16 @@ def on_hopper(monkeypatch):
     """Kernels compiled with the emulation, activations rounded by torch; what nobody wrote is NaN."""
     if settings.kernels_folder() is None:
         emulated_mma.install()
-    monkeypatch.setattr(linear, "arch_of", lambda device: ARCH)
-    monkeypatch.setattr(shared, "arch_of", lambda device: ARCH)
+    monkeypatch.setattr(family, "capability_of", lambda device: int(ARCH.strip("sm_a")))
     monkeypatch.setattr(linear.quantize, "run", quantize)
-    real = shared._kernel
+    real = Kernel.load
 
-    def kernel(arch, kind, *arguments):
-        if kind == "gather":
-            return lambda *operands: on_cpu(emulated.gather, *arguments, *operands)
-        return real(arch, kind, *arguments)
+    def load(kernel):
+        if kernel.kind == "gather":
+            return lambda *operands: on_cpu(gather, *kernel.arguments[:-1], *operands)
+        return real(kernel)
 
-    monkeypatch.setattr(shared, "_kernel", kernel)
+    monkeypatch.setattr(Kernel, "load", load)
     empty = torch.empty
 
     def poisoned(*args, **kwargs):
@@ -66,7 +51,7 @@ def on_hopper(monkeypatch):
             NAN if fresh.dtype == torch.uint8 else -1 if not fresh.is_floating_point() else torch.nan
         )
 
-    monkeypatch.setattr(shared.torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def on_cpu(function, *arguments):
@@ -120,7 +105,7 @@ class Problem:
 
     def check(self, dtype, tile):
         got = linear.run(
-            self.x, *self.operands, self.act_scale, self.bias, **self.sizes, out_dtype=dtype, config=tile
+            self.x, *self.operands, self.act_scale, self.bias, **self.sizes, out_dtype=dtype, tile=tile
         )
         error = ((got.double() - self.exact).abs() / self.magnitude.clamp(min=1e-20)).max().item()
         assert got.dtype == dtype and error < (2**-8 if dtype == torch.bfloat16 else 1e-5), error
@@ -151,7 +136,7 @@ def test_linear_with_bias_and_ragged_rows(tile, m, n, k):
 @pytest.mark.parametrize("tile", shipped(), ids=str)
 def test_linear_is_the_same_in_every_run(tile):
     problem = Problem(700, 2048, 4096)
-    runs = [linear.run(problem.x, *problem.operands, None, **problem.sizes, config=tile) for _ in range(20)]
+    runs = [linear.run(problem.x, *problem.operands, None, **problem.sizes, tile=tile) for _ in range(20)]
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
@@ -192,7 +177,7 @@ def test_experts(tiles, policy, hidden, intermediate):
         weights = torch.rand(m, 6, device="cuda", generator=generator)
         options = {"swiglu_limit": 7.0, "out_dtype": torch.float32}
         got = experts.run(
-            x, *packed, weights, ids, *scales, expert_map, hidden=hidden, intermediate=intermediate, config=tiles,
+            x, *packed, weights, ids, *scales, expert_map, hidden=hidden, intermediate=intermediate, tiles=tiles,
             **options,
         )  # fmt: skip
         expected = reference.experts(
@@ -207,5 +192,5 @@ if __name__ == "__main__":
     import sys
 
     emulated_mma.install()
-    for name, (compile_kernel, kernel) in kernels().items():
-        compiled.export(compile_kernel(*kernel), name, pathlib.Path(sys.argv[1]))
+    for kernel in kernels():
+        compiled.export(kernel.build(), kernel.name, pathlib.Path(sys.argv[1]))

@@ -5,7 +5,7 @@ import torch
 
 from cutedsl_nvfp4.format import pack_codes
 from cutedsl_nvfp4.reference import dequantize
-from cutedsl_nvfp4.sm90.experts import ROUTE_CTAS, kernel_name, load, run
+from cutedsl_nvfp4.sm90.experts import ROUTE_CTAS, run, shipped
 from cutedsl_nvfp4.sm90.layout import interleave_gate_up, pack_experts, pack_linear
 from cutedsl_nvfp4.sm90.tiles import ExpertTiles, NarrowTile, WideTile
 from tests.support.routed import check_route
@@ -89,7 +89,7 @@ class Problem:
             "intermediate": self.intermediate,
             "swiglu_limit": self.limit,
         } | options
-        return run(x, *self.packed(), weights, ids, expert_map, **options)
+        return run(x, *self.packed(), weights, ids, expert_map=expert_map, **options)
 
     def exact(self, x, weights, ids, expert_map=None, rounds: bool = False) -> torch.Tensor:
         """The layer in float64; with `rounds`, what a kernel stores is rounded to bf16, as any fused path does."""
@@ -137,7 +137,7 @@ def poison():
 def test_matches_float64(config):
     problem = Problem(experts=8, hidden=512, intermediate=256)
     for m in (1, 2, 7, 33, 130, 600):
-        problem.check(problem.tokens(m), *problem.route(m, 6), config=config)
+        problem.check(problem.tokens(m), *problem.route(m, 6), tiles=config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -145,7 +145,7 @@ def test_matches_float64(config):
 def test_ragged_shapes(config, hidden, intermediate):
     problem = Problem(5, hidden, intermediate, seed=hidden)
     for m in (3, 90):
-        problem.check(problem.tokens(m), *problem.route(m, 3), config=config)
+        problem.check(problem.tokens(m), *problem.route(m, 3), tiles=config)
 
 
 @pytest.mark.parametrize("hidden,intermediate", [(7168, 384), (4096, 256), (4096, 512), (7168, 3072)])
@@ -164,7 +164,7 @@ def test_clamp(config, limit):
     problem = Problem(4, 256, 128, limit, seed=3)
     problem.w13_row_scale *= 8
     for m in (4, 60):
-        problem.check(problem.tokens(m), *problem.route(m, 2), config=config)
+        problem.check(problem.tokens(m), *problem.route(m, 2), tiles=config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -174,12 +174,12 @@ def test_uneven_routing(config):
     for m in (1, 9, 300, 1500):
         x = problem.tokens(m)
         weights, ids = problem.route(m, 4)
-        problem.check(x, weights, torch.full_like(ids, 11), config=config)
-        problem.check(x, weights, ids % 3, config=config)
+        problem.check(x, weights, torch.full_like(ids, 11), tiles=config)
+        problem.check(x, weights, ids % 3, tiles=config)
         ids[::2, 1] = -1
         ids[:, 3] = -1
-        problem.check(x, weights, ids, config=config)
-        nothing = problem.run(x, weights, torch.full_like(ids, -1), config=config)
+        problem.check(x, weights, ids, tiles=config)
+        nothing = problem.run(x, weights, torch.full_like(ids, -1), tiles=config)
         assert torch.equal(nothing, torch.zeros_like(nothing))
 
 
@@ -187,7 +187,7 @@ def test_uneven_routing(config):
 @pytest.mark.parametrize("pairs", [1, 5, 777, 6000, 98304])
 @pytest.mark.parametrize("mapped,step", [(False, 32), (True, 32), (True, 96)])
 def test_route(ctas, pairs, mapped, step):
-    check_route(load(kernel_name("route", ctas)), pairs, mapped, step, "cuda")
+    check_route(shipped("sm_90a")[f"nvfp4_experts_sm90_route_{ctas}"].load(), pairs, mapped, step, "cuda")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -199,8 +199,8 @@ def test_expert_map(config):
     for m in (1, 8, 200):
         x = problem.tokens(m)
         weights, ids = problem.route(m, 6, known=24)
-        problem.check(x, weights, ids, expert_map, config=config)
-        problem.check(x, weights, ids.long(), expert_map.long(), config=config)
+        problem.check(x, weights, ids, expert_map, tiles=config)
+        problem.check(x, weights, ids.long(), expert_map.long(), tiles=config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -230,7 +230,7 @@ def test_one_hot_reads_back_the_weights(config):
     down = dequantize(problem.w2[0][2], problem.w2[1][2]).double()
     for expert, columns in ((1, up), (2, down)):
         ids = torch.full((size, 1), expert, dtype=torch.int32, device="cuda")
-        got = problem.run(x, weights, ids, out_dtype=torch.float32, config=config)
+        got = problem.run(x, weights, ids, out_dtype=torch.float32, tiles=config)
         assert torch.equal(got.double(), 64 * columns.t())
 
 
@@ -248,7 +248,7 @@ def test_strided_and_unaligned_tokens():
     unaligned = wide.flatten()[3 : 3 + 40 * 256].view(40, 256)
     for x in (wide[:, 256:512], unaligned, wide[::2, :256], wide[:1, :256].expand(5, -1)):
         for config in (NARROW[0], NARROW[2], WIDE[0]):
-            problem.check(x, *problem.route(x.shape[0], 2), config=config)
+            problem.check(x, *problem.route(x.shape[0], 2), tiles=config)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -257,9 +257,9 @@ def test_bad_tokens_stay_alone(config):
     problem = Problem(4, 256, 128, seed=9)
     x = problem.tokens(40)
     weights, ids = problem.route(40, 2)
-    clean = problem.run(x, weights, ids, config=config)
+    clean = problem.run(x, weights, ids, tiles=config)
     x[7] = float("nan")
-    got = problem.run(x, weights, ids, config=config)
+    got = problem.run(x, weights, ids, tiles=config)
     assert bool(torch.isnan(got[7]).all())
     others = torch.arange(40, device="cuda") != 7
     assert torch.equal(got[others], clean[others])
@@ -270,9 +270,9 @@ def test_every_run_is_the_same(config):
     problem = Problem(16, 512, 256, seed=10)
     x = problem.tokens(300)
     weights, ids = problem.route(300, 6)
-    first = problem.run(x, weights, ids, config=config)
+    first = problem.run(x, weights, ids, tiles=config)
     for _ in range(50):
-        assert torch.equal(problem.run(x, weights, ids, config=config), first)
+        assert torch.equal(problem.run(x, weights, ids, tiles=config), first)
 
 
 @pytest.mark.parametrize("hidden,intermediate", [(4096, 256), (7168, 384)])

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from cutedsl_nvfp4 import ops
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_linear
 from cutedsl_nvfp4.reference import dequantize
 from cutedsl_nvfp4.sm90.linear import run
 from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile
-from cutedsl_nvfp4.support import Layout
 
 pytestmark = [
     pytest.mark.gpu_sm90,
@@ -60,7 +60,7 @@ class Problem:
 
     def run(self, x: torch.Tensor, **options) -> torch.Tensor:
         options = {"n": self.n, "k": self.k, "groups": self.groups} | options
-        return run(x, *self.packed, self.row_scale, self.bias, **options)
+        return run(x, *self.packed, self.row_scale, bias=self.bias, **options)
 
     def exact(self, x: torch.Tensor) -> torch.Tensor:
         m, rows = x.shape[0], self.n // self.groups
@@ -97,7 +97,7 @@ def poison():
 def test_matches_float64(config, m):
     problem = Problem(n=384, k=1536, seed=m)
     x = problem.tokens(m)
-    check(problem.run(x, config=config), problem.exact(x))
+    check(problem.run(x, tile=config), problem.exact(x))
 
 
 @pytest.mark.parametrize("config", [c for c in WIDE if c.persistent], ids=str)
@@ -107,7 +107,7 @@ def test_more_tiles_than_ctas(config, k, m):
     """Several tiles a CTA; with `tail` the last wave of 500 and 700 tokens is cut into parts, that of 1000 is not."""
     problem = Problem(n=12544, k=k, seed=m)
     x = problem.tokens(m)
-    check(problem.run(x, config=config), problem.exact(x))
+    check(problem.run(x, tile=config), problem.exact(x))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -118,7 +118,7 @@ def test_ragged_shapes(config, n, k):
     problem = Problem(n, k, seed=n)
     for m in (3, 33):
         x = problem.tokens(m)
-        check(problem.run(x, config=config), problem.exact(x))
+        check(problem.run(x, tile=config), problem.exact(x))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -128,7 +128,7 @@ def test_results_and_bias(config, out_dtype, bias):
     problem = Problem(512, 1024, bias=bias, seed=5)
     for m in (5, 200):
         x = problem.tokens(m)
-        check(problem.run(x, config=config, out_dtype=out_dtype), problem.exact(x))
+        check(problem.run(x, tile=config, out_dtype=out_dtype), problem.exact(x))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -138,7 +138,7 @@ def test_groups(config):
         problem = Problem(1536, k, groups=2, seed=6)  # 12 panels a group: every tile fits
         for m in (4, 100):
             x = problem.tokens(m)
-            check(problem.run(x, config=config), problem.exact(x))
+            check(problem.run(x, tile=config), problem.exact(x))
 
 
 @pytest.mark.parametrize("rows", [32, 40, 100])
@@ -155,12 +155,23 @@ def test_the_op_dispatches_on_the_layout():
     x = problem.tokens(9)
     for invariant in (False, True):
         out = torch.ops.cutedsl.nvfp4_linear(
-            x, *problem.packed, problem.row_scale, None, None, 256, 128, 2, False, torch.float32, invariant
+            x,
+            *problem.packed,
+            problem.row_scale,
+            None,
+            None,
+            256,
+            128,
+            2,
+            False,
+            torch.float32,
+            "sm90",
+            invariant,
         )
         check(out, problem.exact(x))
     with pytest.raises(ValueError, match="W4A16 only"):
         torch.ops.cutedsl.nvfp4_linear(
-            x, *problem.packed, problem.row_scale, None, None, 256, 128, 2, True, torch.bfloat16
+            x, *problem.packed, problem.row_scale, None, None, 256, 128, 2, True, torch.bfloat16, "sm90"
         )
 
 
@@ -172,7 +183,7 @@ def test_one_hot_tokens_read_back_the_weights(config):
     for start in range(0, 512, 128):
         x = torch.zeros(128, 512, dtype=torch.bfloat16, device="cuda")
         x[torch.arange(128), start + torch.arange(128)] = 1
-        got = problem.run(x, config=config, out_dtype=torch.float32)
+        got = problem.run(x, tile=config, out_dtype=torch.float32)
         assert torch.equal(got.double(), problem.weight[:, start : start + 128].t())
 
 
@@ -190,7 +201,7 @@ def test_strided_and_unaligned_tokens():
     unaligned = wide.flatten()[3 : 3 + 40 * 256].view(40, 256)
     for x in (wide[:, 256:512], unaligned, wide[::2, :256], wide[:1, :256].expand(5, -1), one):
         for config in (NARROW[1], WIDE[0]):
-            check(problem.run(x, config=config), problem.exact(x))
+            check(problem.run(x, tile=config), problem.exact(x))
 
 
 @pytest.mark.parametrize("n,k", [(2048, 7168), (7168, 2048)])

@@ -1,25 +1,28 @@
 """The self-check in front of the real kernels: right ones pass, planted faults, crashes and hangs are named."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_experts, prepare_linear
-from cutedsl_nvfp4.selfcheck import child as selfcheck
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer, Report, SelfCheckFailed
-from cutedsl_nvfp4.sm90.linear import shipped_kernels
-from cutedsl_nvfp4.support import Layout
+from cutedsl_nvfp4.selfcheck import child as children
+from cutedsl_nvfp4.selfcheck.products import ExpertsLayer, LinearLayer, SelfCheckFailed, Variant, multiply
+from cutedsl_nvfp4.selfcheck.report import Report, check, check_layers
+from cutedsl_nvfp4.sm90.linear import shipped
 from tests.support.faults.kernel import planted
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.gpu_sm90
 
-PLANTED = planted(selfcheck.multiply)
-KERNEL = next(iter(shipped_kernels()))
+PLANTED = planted(multiply)
+KERNEL = Variant("sm90", "sm_90a", "linear", next(iter(shipped("sm_90a"))))
 
 
-def layer(n: int, k: int, groups: int = 1, out_dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Layer:
+def layer(
+    n: int, k: int, groups: int = 1, out_dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> LinearLayer:
     generator = torch.Generator("cuda").manual_seed(seed)
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda", generator=generator)
     scales = torch.randint(0x20, 0x50, (n, k // 16), dtype=torch.uint8, device="cuda", generator=generator)
@@ -27,7 +30,7 @@ def layer(n: int, k: int, groups: int = 1, out_dtype: torch.dtype = torch.bfloat
         codes, scales.view(torch.float8_e4m3fn), torch.tensor([0.5, 0.002], device="cuda"), [n // 4, n - n // 4],
         layout=Layout.SM90, groups=groups,
     )  # fmt: skip
-    return Layer(f"layer{seed}", operands, out_dtype)
+    return LinearLayer(f"layer{seed}", operands, out_dtype)
 
 
 def experts_layer() -> ExpertsLayer:
@@ -53,8 +56,10 @@ def experts_layer() -> ExpertsLayer:
 def child(tmp_path, body: str) -> tuple[str, ...]:
     script = tmp_path / "child.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        "import torch\nfrom planted import planted\nfrom cutedsl_nvfp4 import selfcheck\n" + body
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch\n"
+        "from cutedsl_nvfp4.selfcheck import child, products\n"
+        "from tests.support.faults.kernel import planted\n" + body
     )
     return (sys.executable, str(script))
 
@@ -70,7 +75,7 @@ def test_all_stages_pass_and_leave_nothing_allocated(batch_invariant):
     )
     torch.cuda.synchronize()  # cuBLAS keeps a workspace from its first product on, whoever asks for it
     before = torch.cuda.memory_allocated()
-    report = selfcheck.check(layers, torch.device("cuda:0"), 2048, batch_invariant).as_dict()
+    report = check(layers, torch.device("cuda:0"), 2048, batch_invariant).as_dict()
     assert torch.cuda.memory_allocated() == before
     assert report["verdict"] == "passed" and report["layers"] == 6 and report["kernels"] > 3
     print(report)
@@ -83,11 +88,11 @@ def test_planted_faults_are_caught_in_both_stages(tmp_path, fault):
         (experts_layer(), "experts (E = 64 of 256"),
     ):
         with pytest.raises(SelfCheckFailed) as failed:
-            selfcheck.check_layers([wrong], 64, False, Report(), PLANTED[fault])
+            check_layers([wrong], 64, False, Report(), PLANTED[fault])
         assert name in str(failed.value)
-    command = child(tmp_path, f"selfcheck.serve_child(planted(selfcheck.multiply)[{fault!r}])")
-    with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}.*SelfCheckFailed"):
-        selfcheck.check_in_child([KERNEL], "cuda:0", command=command)
+    command = child(tmp_path, f"child.serve(planted(products.multiply)[{fault!r}])")
+    with pytest.raises(SelfCheckFailed, match=f"while running {KERNEL}.*SelfCheckFailed"):
+        children.check_in_child([KERNEL], "cuda:0", command=command)
 
 
 ILLEGAL_ADDRESS = """
@@ -95,12 +100,12 @@ def multiply(inputs, layer, tile, out):
     source = 'extern "C" __global__ void stray(float *p) { p[1ull << 40] = 1; }'
     kernel = torch.cuda._compile_kernel(source, "stray")
     kernel(grid=(1, 1, 1), block=(1, 1, 1), args=[torch.zeros(1, device="cuda")])
-selfcheck.serve_child(multiply)
+child.serve(multiply)
 """
 HANG = """
 def multiply(inputs, layer, tile, out):
     torch.cuda._sleep(1 << 50)
-selfcheck.serve_child(multiply)
+child.serve(multiply)
 """
 
 
@@ -108,13 +113,13 @@ selfcheck.serve_child(multiply)
     "body, seconds, words",
     [
         (ILLEGAL_ADDRESS, 600.0, "Error: CUDA error: an illegal memory access"),
-        (HANG, 3.0, "no answer for 3 s: it hangs"),
+        (HANG, 3.0, "no answer from the child process for 3 s"),
     ],
     ids=["illegal address", "hang"],
 )
 def test_crash_and_hang_cost_the_child_only(tmp_path, monkeypatch, body, seconds, words):
-    monkeypatch.setattr(selfcheck, "RUN_SECONDS", seconds)
+    monkeypatch.setattr(children, "RUN_SECONDS", seconds)
     with pytest.raises(SelfCheckFailed, match=f"running {KERNEL}") as failed:
-        selfcheck.check_in_child([KERNEL], "cuda:0", command=child(tmp_path, body))
+        children.check_in_child([KERNEL], "cuda:0", command=child(tmp_path, body))
     assert words in str(failed.value)
     assert float(torch.ones(4, device="cuda").sum()) == 4

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 
-from cutedsl_nvfp4 import support
+from cutedsl_nvfp4 import family
+from cutedsl_nvfp4.family import Kernel
 from tests.support.emulator.host import EmulatedKernel
 
 _MODULES = (
-    "sm90.linear", "sm90.experts", "sm100.quantize", "sm100.linear", "sm100.experts", "sm120.linear", "sm120.experts",
+    "operands", "sm90.linear", "sm90.experts", "blackwell.quantize", "blackwell.experts", "sm100.linear", "sm120.linear",
 )  # fmt: skip
 _KERNELS: dict[str, EmulatedKernel] = {}  # compiled once a process
 
@@ -49,33 +49,31 @@ class Device:
         self.lazy: frozenset[str] = frozenset()
         self.seed = 0
         self.launched: list[str] = []
-        monkeypatch.setattr(support, "capability_of", lambda device: capability)
+        monkeypatch.setattr(family, "capability_of", lambda device: capability)
+        monkeypatch.setattr(Kernel, "load", self._load)
         for name in _MODULES:
-            if find_spec(f"cutedsl_nvfp4.{name}") is None:
-                continue
             module = import_module(f"cutedsl_nvfp4.{name}")
             monkeypatch.setattr(module, "torch", _Torch())
-            for function, stand_in in (
-                ("compiled", self._compiled),
-                ("capability_of", lambda device: capability),
-                ("sm_count", lambda device: sms),
-            ):
-                if hasattr(module, function):
-                    monkeypatch.setattr(module, function, stand_in)
+            if hasattr(module, "sm_count"):
+                monkeypatch.setattr(module, "sm_count", lambda device: sms)
 
     @staticmethod
     def kernel(name: str) -> EmulatedKernel:
         """A kernel that was launched before."""
         return _KERNELS[name]
 
-    def _compiled(self, name: str, build: Callable[[], Callable]) -> Callable:
-        if name not in _KERNELS:
-            _KERNELS[name] = EmulatedKernel(build)
-        kernel = _KERNELS[name]
+    @property
+    def _load(self) -> Callable[[Kernel], Callable]:
+        def load(compiled: Kernel) -> Callable:
+            if compiled.name not in _KERNELS:
+                _KERNELS[compiled.name] = EmulatedKernel(compiled.build)
+            kernel = _KERNELS[compiled.name]
 
-        def launch(*arguments: object) -> None:
-            kernel.lazy, kernel.seed = self.lazy, self.seed
-            self.launched.append(name)
-            kernel(*arguments)
+            def launch(*arguments: object) -> None:
+                kernel.lazy, kernel.seed = self.lazy, self.seed
+                self.launched.append(compiled.name)
+                kernel(*arguments)
 
-        return launch
+            return launch
+
+        return load

@@ -5,68 +5,41 @@ from dataclasses import replace
 
 import torch
 
+from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear
 from cutedsl_nvfp4.reference import experts, linear
-from cutedsl_nvfp4.selfcheck.child import ExpertsLayer, Layer
-from cutedsl_nvfp4.sm90.layout import PANEL_ROWS, separate_gate_up, unpack_linear
+from cutedsl_nvfp4.selfcheck.products import PANEL_ROWS, ExpertsLayer, Layer
 
 
-def emulated(inputs: tuple[torch.Tensor, ...], layer: Layer | ExpertsLayer, tile, out: torch.Tensor) -> None:
+def emulated(inputs: tuple[torch.Tensor, ...], layer: Layer, tile, out: torch.Tensor) -> None:
     """What the kernel computes, from the operands the kernel gets."""
-    weight = layer.operands
+    weight, w4a4 = layer.operands, layer.family.w4a4
     if isinstance(layer, ExpertsLayer):
-        _, hidden, intermediate = layer.sizes
-        if layer.block_scaled:
-            w13, w13_scales, w2, w2_scales = plain_experts(weight)
-            x, weights, ids = inputs
-            out.copy_(
-                experts(
-                    x, w13, w13_scales, weight.w13_row_scale, w2, w2_scales, weight.w2_row_scale, weights, ids,
-                    layer.act_scale_13, layer.act_scale_2, layer.expert_map, quantize_activations=True,
-                    swiglu_limit=layer.swiglu_limit,
-                )
-            )  # fmt: skip
-            return
-        w13 = unpack_linear(weight.w13_codes, weight.w13_block_scales, 2 * intermediate, hidden)
-        w2 = unpack_linear(weight.w2_codes, weight.w2_block_scales, hidden, intermediate)
+        w13, w13_scales, w2, w2_scales = plain_experts(weight)
         x, weights, ids = inputs
-        out.copy_(
-            experts(
-                x, *(separate_gate_up(t) for t in w13), weight.w13_row_scale, *w2, weight.w2_row_scale,
-                weights, ids, expert_map=layer.expert_map, swiglu_limit=layer.swiglu_limit,
-            )
+        result = experts(
+            x, w13, w13_scales, weight.w13_row_scale, w2, w2_scales, weight.w2_row_scale, weights, ids,
+            layer.act_scale_13, layer.act_scale_2, layer.expert_map, quantize_activations=w4a4,
+            swiglu_limit=layer.swiglu_limit,
         )  # fmt: skip
-        return
-    (x,) = inputs
-    if layer.block_scaled:
-        out.copy_(
-            linear(
-                x, *plain_linear(weight), weight.row_scale, layer.act_scale, layer.bias,
-                quantize_activations=True, groups=weight.groups, out_dtype=torch.float32,
-            )
+    else:
+        result = linear(
+            *inputs, *plain_linear(weight), weight.row_scale, layer.act_scale, layer.bias,
+            quantize_activations=w4a4, groups=weight.groups, out_dtype=torch.float32,
         )  # fmt: skip
-        return
-    panels = weight.codes.shape[0] // weight.groups
-    grouped = (t.unflatten(0, (weight.groups, panels)) for t in (weight.codes, weight.block_scales))
-    plain = unpack_linear(*grouped, weight.n // weight.groups, weight.k)
-    codes, scales = (t.flatten(0, 1) for t in plain)
-    out.copy_(
-        linear(
-            x, codes, scales, weight.row_scale, bias=layer.bias, groups=weight.groups, out_dtype=torch.float32
-        )
-    )
+    out.copy_(result)
 
 
-def _with(layer: Layer | ExpertsLayer, **operands: torch.Tensor) -> Layer | ExpertsLayer:
+def _with(layer: Layer, **operands: torch.Tensor) -> Layer:
     return replace(layer, operands=replace(layer.operands, **operands))
 
 
-def wrong_swizzle(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
+def wrong_swizzle(multiply: Callable, inputs, layer: Layer, tile, out) -> None:
     """Two neighbouring rows of every eight change places, in the last panel of a linear's codes, in all of w13's.
 
     Blackwell: in the block scales of the last row tile, of w13's all, row r % 32 and r // 32 change roles.
     """
-    if layer.block_scaled:
+    if layer.operands.layout is Layout.BLOCK_SCALED:
         name = "w13_block_scales" if isinstance(layer, ExpertsLayer) else "block_scales"
         scales = getattr(layer.operands, name).clone()
         some = scales if isinstance(layer, ExpertsLayer) else scales[-1:]
@@ -82,7 +55,7 @@ def wrong_swizzle(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile,
     multiply(inputs, _with(layer, **{name: codes}), tile, out)
 
 
-def dropped_tile(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
+def dropped_tile(multiply: Callable, inputs, layer: Layer, tile, out) -> None:
     """One tile of the output is never stored."""
     rows, tokens = out[:, -PANEL_ROWS:].shape[1], min(8, len(out))
     before = out[-tokens:, -rows:].clone()
@@ -90,7 +63,7 @@ def dropped_tile(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, 
     out[-tokens:, -rows:] = before
 
 
-def doubled_scale(multiply: Callable, inputs, layer: Layer | ExpertsLayer, tile, out) -> None:
+def doubled_scale(multiply: Callable, inputs, layer: Layer, tile, out) -> None:
     """The global scale of a linear's first row, or of w2 in all experts, counts twice."""
     if isinstance(layer, ExpertsLayer):
         multiply(inputs, _with(layer, w2_row_scale=layer.operands.w2_row_scale * 2), tile, out)

@@ -1,36 +1,41 @@
-"""vLLM with Blackwell's operands, on the CPU: everything between checkpoint and launch is as on a GPU."""
+"""vLLM with a GPU's operands, on the CPU: everything between the checkpoint and the kernels' launch is as on a GPU."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.paths import DEMO
+from tests.support.paths import DEMO, ROOT
 from tests.support.servers.vllm import environment
 
 pytestmark = pytest.mark.serving
 
+# (compute capability, policy of the activations' scales under W4A4), each a process of its own
+SERVED = [
+    pytest.param(arguments, marks=pytest.mark.xdist_group(f"operands {arguments[0]}"), id="-".join(arguments))
+    for arguments in (("90",), ("100", "checkpoint"), ("121", "dynamic"))
+]
 
-@pytest.fixture(scope="module", params=["100-checkpoint", "121-dynamic"])
+
+@pytest.fixture(scope="module", params=SERVED)
 def served(tmp_path_factory, request) -> dict:
-    capability, policy = request.param.split("-")
-    out = tmp_path_factory.mktemp("blackwell") / "served.json"
-    script = Path(__file__).parent / "blackwell_on_cpu.py"
+    capability, *policy = request.param
+    out = tmp_path_factory.mktemp("operands") / "served.json"
     run = subprocess.run(
-        [sys.executable, str(script), capability, policy, str(out)],
+        [sys.executable, "-m", "tests.support.serve_on_cpu", capability, str(out), *policy],
         env=environment(),
+        cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return {"capability": capability, "policy": policy, **json.loads(out.read_text())}
+    activations = f"nvfp4:{policy[0]}" if policy else "bf16"
+    return {"capability": capability, "activations": activations, **json.loads(out.read_text())}
 
 
-@pytest.mark.xdist_group("blackwell-operands")
-class TestServedFromBlockScaledOperands:
+class TestServedFromPreparedOperands:
     def test_texts_are_the_demos(self, served):
         documents = json.loads((DEMO / "expected.json").read_text())["documents"]
         for text, document in zip(served["texts"], documents, strict=True):
@@ -45,8 +50,8 @@ class TestServedFromBlockScaledOperands:
         assert check["verdict"] == "passed" and check["layers"] == len(report["layers"])
         assert served["before"]["linear"] > 0 and served["before"]["experts"] > 0
 
-    def test_activations_are_quantized(self, served):
-        assert served["report"]["activations"] == f"nvfp4:{served['policy']}"
+    def test_activations_are_what_the_family_multiplies(self, served):
+        assert served["report"]["activations"] == served["activations"]
 
-    def test_tokens_went_through_block_scaled_operands(self, served):
+    def test_tokens_went_through_prepared_operands(self, served):
         assert all(served["calls"][op] > served["before"][op] for op in ("linear", "experts"))
