@@ -288,8 +288,8 @@ def launched(monkeypatch) -> list:
 
 @pytest.mark.parametrize("mode", ["w4a4 static", "w4a4 dynamic"])
 def test_block_scaled_linear_reaches_the_kernel(random_weight, launched, mode):
-    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype, layout = (
-        linear_arguments(random_weight, 5, mode, groups=2, bias=gaussian(16))
+    x, codes, scales, row_scale, act_scale, bias, n, k, groups, quantized, out_dtype, _ = linear_arguments(
+        random_weight, 5, mode, groups=2, bias=gaussian(16)
     )
     operands = prepare_linear(codes, scales, row_scale, [1] * n, layout=Layout.BLOCK_SCALED, groups=groups)
     weight = operands.codes, operands.block_scales, operands.row_scale

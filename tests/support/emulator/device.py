@@ -11,7 +11,8 @@ from cutedsl_nvfp4.family import Kernel
 from tests.support.emulator.host import EmulatedKernel
 
 _MODULES = (
-    "operands", "sm90.linear", "sm90.experts", "blackwell.quantize", "blackwell.experts", "sm100.linear", "sm120.linear",
+    "operands", "sm90.linear", "sm90.experts", "blackwell.quantize", "blackwell.experts", "sm100.linear",
+    "sm120.linear",
 )  # fmt: skip
 _KERNELS: dict[str, EmulatedKernel] = {}  # compiled once a process
 
