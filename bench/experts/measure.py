@@ -10,7 +10,6 @@ the experts really touched, tokens in and out, and the intermediates, with the c
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -18,6 +17,8 @@ import time
 
 import torch
 
+from bench import choice
+from bench.experts.choose import parse_tiles
 from bench.experts.peers import EXPERT_PEERS
 from bench.linear.peers import import_peers
 from bench.report import save
@@ -26,6 +27,7 @@ from bench.timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilin
 from cutedsl_nvfp4.reference import dequantize, swiglu
 from cutedsl_nvfp4.sm90.experts import run
 from cutedsl_nvfp4.sm90.layout import pack_experts
+from cutedsl_nvfp4.sm90.tiles import ExpertTiles
 
 OURS = "cutedsl_nvfp4"
 GLOBAL_SCALE = 1 / 2688
@@ -221,19 +223,14 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def best_tiles(path: str) -> dict:
+def best_tiles(path: str) -> dict[tuple[str, int], ExpertTiles]:
     """{(case, m): the fastest tiles} of bench/experts/tune.py's rows."""
-    from cutedsl_nvfp4.sm90.tiles import ExpertTiles, NarrowTile, WideTile
-
-    best: dict = {}
-    with open(path) as file:
-        for line in file:
-            row = json.loads(line)
-            key = row["case"], row["m"]
-            if key not in best or row["us"] < best[key][0]:
-                names = {"Narrow": NarrowTile, "Wide": WideTile}  # our own repr
-                best[key] = row["us"], ExpertTiles(eval(row["w13"], names), eval(row["w2"], names))
-    return {key: tiles for key, (_, tiles) in best.items()}
+    best: dict[tuple[str, int], dict] = {}
+    for row in choice.rows(path):
+        problem = row["case"], row["m"]
+        if problem not in best or row["us"] < best[problem]["us"]:
+            best[problem] = row
+    return {problem: parse_tiles(row) for problem, row in best.items()}
 
 
 if __name__ == "__main__":

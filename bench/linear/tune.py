@@ -95,7 +95,7 @@ def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -
 
 
 def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, without: Sequence[str]) -> None:
-    """`known` is choose_tiles.read's, {(n, k, groups, m): {config: us}}; `without` are parts of a config's repr."""
+    """`known` is what choose.read gives, {(n, k, groups, m): {tile: us}}; `without` are parts of a tile's repr."""
     codes, scales, rotated, row_scale = operands(shape)
     panels_per_group = -(-shape.n // 64) // shape.groups
     configs = candidates.narrow() + candidates.wide()
