@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compile the tuning runs' candidates ahead of time, so that a GPU does not wait for them; needs no GPU.
 
     PYTHONPATH=kernels python3 -m bench.ahead FOLDER [--jobs N] [linear] [experts] [shipped]
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench import candidates
+from bench.experts import candidates as of_experts
+from bench.linear import candidates as of_linears
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from cutedsl_nvfp4 import compiled
 from cutedsl_nvfp4.sm90 import experts, linear
@@ -28,7 +28,7 @@ Kernel = tuple[Callable, object, bool]  # what compiles it, its tiles, whether i
 
 
 def linear_candidates() -> dict[str, Kernel]:
-    configs = candidates.narrow() + candidates.wide()
+    configs = of_linears.narrow() + of_linears.wide()
     return {
         linear.kernel_name(c, torch.bfloat16, False, True): (
             partial(compile_linear, c, torch.bfloat16),
@@ -48,7 +48,7 @@ def expert_kernels(shipped: dict[str, tuple]) -> dict[str, Kernel]:
 
 def expert_candidates() -> dict[str, Kernel]:
     means = {m * case.topk / case.known for case in EXPERT_CASES for m in EXPERT_TOKENS}
-    configs = {c for mean in means for configs in candidates.experts(mean) for c in configs}
+    configs = {c for mean in means for configs in of_experts.by_tokens(mean) for c in configs}
     products = [("product", c, first) for c in configs for first in (True, False)]
     others = [*(("route", ctas) for ctas in experts.ROUTE_CTAS), ("combine", 6, torch.bfloat16)]
     return expert_kernels({experts.kernel_name(*kernel): kernel for kernel in products + others})

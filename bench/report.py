@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Bench rows -> a Markdown table a run, and every bar with its figure; exits 1 where one is missed.
 
 python3 -m bench.report ROWS.json...           rows of bench/linear/measure.py, or of bench/experts/measure.py

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
-"""This project's Hopper experts beside their peers on DeepSeek-V4's expert layers -> JSON with ceilings and rows.
+"""This project's Hopper experts compared with their peers on DeepSeek-V4's layers -> JSON with ceilings and rows.
 
     PYTHONPATH=kernels python3 -m bench.experts.measure OUT.json [--cases flash] [--tokens 1,64] [--seconds S]
 
 Per (case, M, routing): every implementation is timed in CUDA graphs over several routings (so that weights
 come from memory), `REPEATS` repeats interleaved between implementations, medians. Results are checked
-against float64 on sampled tokens, beside a path that rounds to bf16 what must be stored. `floor_us` counts
+against float64 on sampled tokens; so is a path that rounds to bf16 what must be stored. `floor_us` counts
 the experts really touched, tokens in and out, and the intermediates, with the ceilings of the same run.
 """
 
@@ -20,8 +19,8 @@ import torch
 from bench import choice
 from bench.experts.choose import parse_tiles
 from bench.experts.peers import EXPERT_PEERS
-from bench.linear.peers import import_peers
-from bench.report import save
+from bench.peers import import_peers
+from bench.report import OURS, save
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS, ExpertCase
 from bench.timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilings, interleaved
 from cutedsl_nvfp4.reference import dequantize, swiglu
@@ -29,7 +28,6 @@ from cutedsl_nvfp4.sm90.experts import run
 from cutedsl_nvfp4.sm90.layout import pack_experts
 from cutedsl_nvfp4.sm90.tiles import ExpertTiles
 
-OURS = "cutedsl_nvfp4"
 GLOBAL_SCALE = 1 / 2688
 LIMIT = 10.0
 REPEATS = 5

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure candidate tiles of the experts on every case and token count -> JSON lines, one per configuration.
 
     PYTHONPATH=kernels python3 -m bench.experts.tune OUT.jsonl [--cases flash,pro_tp8] [--seconds S]
@@ -14,7 +13,7 @@ import time
 
 import torch
 
-from bench.candidates import experts as candidates
+from bench.experts import candidates
 from bench.experts.measure import Layer, floor_us, routed_inputs
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from bench.timing import capture, ceilings, microseconds
@@ -45,7 +44,7 @@ def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: fl
         row = {"case": case.name, "m": m, "routing": routing, "w13": repr(tiles.w13), "w2": repr(tiles.w2)}
         file.write(json.dumps(row | {"us": times[tiles]}) + "\n")
 
-    groups = candidates(m * case.topk / case.known)
+    groups = candidates.by_tokens(m * case.topk / case.known)
     for configs in groups:
         for config in configs:
             attempt(ExpertTiles(config, config))

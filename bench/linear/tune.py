@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
     PYTHONPATH=kernels python3 -m bench.linear.tune OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import candidates
+from bench.linear import candidates
 from bench.linear.choose import read
 from bench.shapes import TOKENS, Shape, selected_shapes
 from bench.timing import capture, copies, microseconds

@@ -22,6 +22,20 @@ RESULTS = ROOT / "docs/results"
 SM90 = ROOT / "kernels/cutedsl_nvfp4/sm90"
 
 
+def modules() -> list[str]:
+    files = sorted((ROOT / "bench").rglob("*.py"))
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"
+    ]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports_and_every_program_says_how_it_is_run(name):
+    module = importlib.import_module(name)
+    if hasattr(module, "main") and name != "bench.choice":  # whose main is the others'
+        assert f"python3 -m {name} " in module.__doc__
+
+
 @pytest.mark.parametrize("product", ["linear", "experts"])
 def test_the_committed_rows_give_the_shipped_tiles(product, tmp_path):
     program = importlib.import_module(f"bench.{product}.choose")
