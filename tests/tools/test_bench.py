@@ -11,7 +11,7 @@ import zipfile
 import pytest
 import torch
 
-from bench import choice
+from bench import choice, report
 from bench.experts.choose import parse_tiles
 from bench.experts.measure import best_tiles
 from cutedsl_nvfp4.sm90 import tiles
@@ -128,9 +128,105 @@ def test_the_fastest_tiles_of_experts_rows_are_found(tmp_path):
     assert best_tiles(str(path)) == {("flash", 1): parse_tiles(rows[1])}
 
 
+EXPECTED = RESULTS / "expected_misses.json"
+
+
+@pytest.fixture
+def bench_check(tmp_path, capsys):
+    """`make bench-check` after `change(row)` of every problem's row -> (exit status, what it said)."""
+
+    def check(change=lambda row: None, expected=EXPECTED) -> tuple[int, str]:
+        paths = []
+        for product in ("linear", "experts"):
+            path = tmp_path / f"{product}.json"
+            runs = report.read(RESULTS / f"h200_{product}.json")
+            for row in report.newest(runs):
+                change(row)
+            path.write_text(json.dumps({"runs": runs}))
+            paths.append(str(path))
+        status = report.main([*paths, "--bars", "--expected", str(expected)])
+        return status, capsys.readouterr().out
+
+    return check
+
+
+def slower(name: str, factor: float):
+    """A change that makes our time on one problem longer."""
+
+    def change(row: dict) -> None:
+        if report.problem(row) == name:
+            row["us"][report.OURS] *= factor
+
+    return change
+
+
+def test_every_missed_bar_is_recorded_and_every_record_is_missed(bench_check):
+    status, said = bench_check()
+    assert status == 0 and "every miss is recorded" in said and "met now" not in said
+    recorded = json.loads(EXPECTED.read_text())
+    for bars_of, product in ((report.linear_bars, "linear"), (report.expert_bars, "experts")):
+        bars = bars_of(report.newest(report.read(RESULTS / f"h200_{product}.json")))
+        missed = sorted((bar.what, name) for bar in bars for name in bar.misses)
+        assert sorted((entry["bar"], entry["problem"]) for entry in recorded[product]) == missed
+        assert all(entry["reason"] for entry in recorded[product])
+
+
+@pytest.mark.parametrize(
+    "name, allowed",
+    [
+        ("pro.indexer_compressor M=1024", 1.01),  # behind a peer, as recorded
+        ("flash.shared_w2/8 M=2048", 1.01),  # far from the floor, as recorded
+        ("pro_tp8 M=16 zipf", 1.01),
+        ("pro.wq_b/1 M=1", 1.001),  # misses nothing
+    ],
+)
+def test_a_row_that_is_worse_than_recorded_is_red(bench_check, name, allowed):
+    assert bench_check(slower(name, allowed))[0] == 0
+    status, said = bench_check(slower(name, 5.0 if allowed == 1.001 else 1.03))
+    worse = [line for line in said.splitlines() if line.startswith("worse than")]
+    assert status == 1 and worse and all(name in line for line in worse)
+    assert "every miss is recorded" not in said
+
+
+@pytest.mark.parametrize("factor, status", [(0.99, 0), (0.97, 1)])
+def test_a_mean_may_fall_short_as_far_as_recorded(bench_check, factor, status):
+    def change(row: dict) -> None:
+        if "case" in row and row["m"] >= 1024:
+            row["us"]["marlin"] *= factor
+
+    found, said = bench_check(change)
+    assert found == status and ("over Marlin, M >= 1024: all has 2.12, recorded 2.188" in said) == (
+        status == 1
+    )
+
+
+def test_a_recorded_miss_that_is_met_now_is_named(bench_check):
+    status, said = bench_check(slower("pro.indexer_compressor M=1024", 0.8))
+    (met,) = [line for line in said.splitlines() if line.startswith("met now")]
+    assert status == 0 and "rows slower than 1/0.98 of the best peer: pro.indexer_compressor M=1024" in met
+
+
+def test_a_record_of_what_nobody_measured_is_red(bench_check, tmp_path):
+    recorded = json.loads(EXPECTED.read_text())
+    recorded["experts"][0]["bar"] = "over Merlin"
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps(recorded))
+    status, said = bench_check(expected=path)
+    assert status == 1 and "over Merlin: all is recorded, and not measured" in said
+    assert "over Marlin, M >= 1024: all has 2.19, and no miss is recorded" in said
+
+
+def test_a_time_that_is_no_number_meets_no_bar(bench_check):
+    assert bench_check(slower("pro.wo_b/1 M=8192", float("nan")))[0] == 1
+
+
+def test_without_records_any_miss_is_red(capsys):
+    assert report.main([str(RESULTS / "h200_linear.json"), "--bars"]) == 1
+    assert "| over quack | 1.69 | >= 1.1 | yes |" in capsys.readouterr().out
+
+
 def test_bars_take_a_problem_whole_from_the_newest_run():
     """Never this run's time over that run's peer."""
-    from bench import report
 
     def run(us: float, peer: float, tokens: tuple) -> dict:
         row = {"shape": "a", "n": 64, "k": 64, "groups": 1, "us": {report.OURS: us, "quack": peer}}
