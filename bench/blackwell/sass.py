@@ -73,9 +73,8 @@ def nearest(family: str, kind: str, tile: object) -> tuple[int, int]:
     """The example's tile for one of ours: as many tokens and rows, or the fewest it takes."""
     if family == "sm120":
         return min(tile.tokens, 128), 64 if tile.rows <= 64 else 128
-    pair = getattr(tile, "pair", False) or getattr(tile, "ctas", 1) == 2
     columns = next(n for n in (64, 128, 256) if n >= tile.tokens) if kind == "linear" else 128
-    return (256 if pair else 128), columns
+    return 128 * tile.ctas_per_mma, columns
 
 
 @cache
