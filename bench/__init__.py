@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels and of servers: run as `PYTHONPATH=kernels python3 -m bench.linear.measure`."""
+"""Benchmarks of kernels and of servers. In the root: `PYTHONPATH=kernels python3 -m bench.linear.measure --help`."""

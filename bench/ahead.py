@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compile the tuning runs' candidates ahead of time, so that a GPU does not wait for them; needs no GPU.
 
     PYTHONPATH=kernels python3 -m bench.ahead FOLDER [--jobs N] [linear] [experts] [shipped]
@@ -14,7 +13,8 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from bench import candidates
+from bench.experts import candidates as of_experts
+from bench.linear import candidates as of_linears
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from cutedsl_nvfp4 import compiled
 from cutedsl_nvfp4.family import ExpertsProblem, Kernel, LinearProblem
@@ -31,7 +31,7 @@ def by_name(kernels: Iterable[Kernel]) -> dict[str, Kernel]:
 
 def linear_candidates() -> dict[str, Kernel]:
     problem = LinearProblem(64, 64)  # results without a bias, of whole 16-byte pieces
-    tiles = candidates.narrow() + candidates.wide()
+    tiles = of_linears.narrow() + of_linears.wide()
     return by_name(kernel for tile in tiles for kernel in FAMILY.linear.kernels(problem, tile, ARCH))
 
 
@@ -41,7 +41,7 @@ def expert_candidates() -> dict[str, Kernel]:
     return by_name(
         kernel
         for mean in means
-        for tiles in candidates.experts(mean)
+        for tiles in of_experts.by_tokens(mean)
         for tile in tiles
         for kernel in FAMILY.experts.kernels(problem, ExpertTiles(tile, tile), ARCH)
     )

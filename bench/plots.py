@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """The committed rows -> docs/results/plots/*.svg (make plots).
 
     PYTHONPATH=kernels python3 -m bench.plots [--results docs/results] [--out docs/results/plots]
@@ -61,7 +60,7 @@ CASES = {  # in the order of the panels
     "pro_ep8": "Pro, expert parallel 8",
     "pro_ep8_all_local": "Pro, expert parallel 8, all choices on this GPU",
 }
-# bench/serving.py's labels: side, configuration, GPU, round. Stock and image ran on this GPU in turn.
+# bench/serving/measure.py's labels: side, configuration, GPU, round. Stock and image ran on this GPU in turn.
 SIDES = {"stock": ("stock vLLM", "#e69f00"), "image": ("this image", "#0072b2")}
 CONFIGURATION, CONFIGURATION_PLACE = "exp12,gpu0", "12 layers, one H200"
 CONFIGURATION_TITLE = "Flash's width, NVFP4 experts, the rest bf16; both on the same H200, in turn."

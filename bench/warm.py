@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Fill the peers' on-disk caches of compiled kernels, so that the timed runs wait for no compiler.
 
     PYTHONPATH=kernels python3 -m bench.warm [--jobs N] [--shapes I:J] [--tokens 1,16] [--cases flash]

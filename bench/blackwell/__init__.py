@@ -1,1 +1,1 @@
-"""Blackwell's kernels: timed, and read beside NVIDIA's own."""
+"""Blackwell's kernels: timed, and their machine code compared with NVIDIA's own."""

@@ -1,7 +1,7 @@
 """Blackwell's W4A4 kernels on layers of DeepSeek-V4 Flash: what devtools/kernels/check_blackwell.py checks and times.
 
 Times are of one call, quantization of the activations included, in CUDA graphs over weights rotated past L2.
-FlashInfer's linear, quantization included as well, is timed beside ours where it is installed.
+FlashInfer's linear, quantization included as well, is timed too, where it is installed.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""NVIDIA's own NVFP4 kernels in CuTe DSL, compiled from the sources of packages on PyPI: what ours are read beside.
+"""NVIDIA's own NVFP4 kernels in CuTe DSL, compiled from the sources of packages on PyPI: to compare ours with.
 
 Nothing is installed: the wheels' Python files go to .cache (devtools/patches/vllm_source.py). The kernel files are
 imported from there without the packages around them, which need a GPU. Needs nvidia-cutlass-dsl; no GPU.

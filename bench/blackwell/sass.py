@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""The main loops of Blackwell's kernels beside those of NVIDIA's own: instructions, registers, spills. No GPU needed.
+"""Main loops of Blackwell's kernels compared with NVIDIA's own: instructions, registers, spills. Needs no GPU.
 
     PYTHONPATH=kernels python3 -m bench.blackwell.sass [--arch sm_100a] [--mix] [NAME ...]
 

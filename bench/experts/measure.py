@@ -1,16 +1,14 @@
-#!/usr/bin/env python3
-"""This project's Hopper experts beside their peers on DeepSeek-V4's expert layers -> JSON with ceilings and rows.
+"""This project's Hopper experts compared with their peers on DeepSeek-V4's layers -> JSON with ceilings and rows.
 
     PYTHONPATH=kernels python3 -m bench.experts.measure OUT.json [--cases flash] [--tokens 1,64] [--seconds S]
 
 Per (case, M, routing): every implementation is timed in CUDA graphs over several routings (so that weights
 come from memory), `REPEATS` repeats interleaved between implementations, medians. Results are checked
-against float64 on sampled tokens, beside a path that rounds to bf16 what must be stored. `floor_us` counts
+against float64 on sampled tokens; so is a path that rounds to bf16 what must be stored. `floor_us` counts
 the experts really touched, tokens in and out, and the intermediates, with the ceilings of the same run.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -18,16 +16,18 @@ import time
 
 import torch
 
+from bench import choice
+from bench.experts.choose import parse_tiles
 from bench.experts.peers import EXPERT_PEERS
-from bench.linear.peers import import_peers
-from bench.report import save
+from bench.peers import import_peers
+from bench.report import OURS, save
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS, ExpertCase
 from bench.timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilings, interleaved
 from cutedsl_nvfp4.reference import dequantize, swiglu
 from cutedsl_nvfp4.sm90.experts import run
 from cutedsl_nvfp4.sm90.layout import pack_experts
+from cutedsl_nvfp4.sm90.tiles import ExpertTiles
 
-OURS = "cutedsl_nvfp4"
 GLOBAL_SCALE = 1 / 2688
 LIMIT = 10.0
 REPEATS = 5
@@ -77,11 +77,11 @@ class Layer:
             self.expert_map = torch.full((case.known,), -1, dtype=torch.int32, device="cuda")
             self.expert_map[: case.experts] = torch.arange(case.experts, dtype=torch.int32, device="cuda")
 
-    def run(self, x, weights, ids, config=None) -> torch.Tensor:
+    def run(self, x, weights, ids, tiles=None) -> torch.Tensor:
         case = self.case
         return run(
             x, *self.packed, weights, ids, self.expert_map,
-            hidden=case.hidden, intermediate=case.intermediate, swiglu_limit=LIMIT, config=config,
+            hidden=case.hidden, intermediate=case.intermediate, swiglu_limit=LIMIT, tiles=tiles,
         )  # fmt: skip
 
     def exact(self, x, weights, ids, rounds: bool) -> torch.Tensor:
@@ -141,11 +141,11 @@ def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tu
         "error_over_rounding": {},
     }
     config = tuned.get((case.name, m))
-    error, rounding = errors(layer, inputs[0], layer.run(*inputs[0], config=config))
+    error, rounding = errors(layer, inputs[0], layer.run(*inputs[0], tiles=config))
     row["error_over_rounding"][OURS] = error / rounding if rounding else 1.0
     if not error <= 1.1 * rounding:
         sys.exit(f"wrong result: {row}: error {error}, rounding alone {rounding}")
-    graphs = {OURS: (capture([lambda i=i: layer.run(*i, config=config) for i in inputs]), len(inputs))}
+    graphs = {OURS: (capture([lambda i=i: layer.run(*i, tiles=config) for i in inputs]), len(inputs))}
     kept = []  # what the graphs read
     for name, (peer, weights) in prepared.items():
         try:
@@ -221,19 +221,14 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def best_tiles(path: str) -> dict:
+def best_tiles(path: str) -> dict[tuple[str, int], ExpertTiles]:
     """{(case, m): the fastest tiles} of bench/experts/tune.py's rows."""
-    from cutedsl_nvfp4.sm90.tiles import ExpertTiles, NarrowTile, WideTile
-
-    best: dict = {}
-    with open(path) as file:
-        for line in file:
-            row = json.loads(line)
-            key = row["case"], row["m"]
-            if key not in best or row["us"] < best[key][0]:
-                names = {"Narrow": NarrowTile, "Wide": WideTile}  # our own repr
-                best[key] = row["us"], ExpertTiles(eval(row["w13"], names), eval(row["w2"], names))
-    return {key: tiles for key, (_, tiles) in best.items()}
+    best: dict[tuple[str, int], dict] = {}
+    for row in choice.rows(path):
+        problem = row["case"], row["m"]
+        if problem not in best or row["us"] < best[problem]["us"]:
+            best[problem] = row
+    return {problem: parse_tiles(row) for problem, row in best.items()}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 
 import torch
 
+from bench import peers
 from bench.shapes import ExpertCase
 from cutedsl_nvfp4.reference import dequantize, swiglu
 
@@ -47,40 +48,20 @@ class GroupedBf16:
         return torch.zeros_like(x, dtype=torch.float32).index_add_(0, tokens, y.float()).to(x.dtype)
 
 
-class Humming:
-    """What stock vLLM 0.32.0 runs on Hopper without expert parallelism: its indexed GEMMs and activation.
+class Humming(peers.Humming):
+    """Its indexed GEMMs and activation, as vLLM calls them without expert parallelism.
 
     Aligning the routing and the weighted sum, which vLLM's own kernels do, are left out: its real time is longer.
     It is given its own choice of tiles for the number of pairs at hand, and does not compile those for others.
     """
 
-    name = "humming"
-    compiles = True
-
     def __init__(self):
-        from humming.config import GemmType, InputQuantizationMode
-        from humming.forward import humming_forward, may_process_input
-        from humming.schema import BaseWeightSchema, HummingInputSchema
+        from humming.config import GemmType
+        from humming.forward import may_process_input
         from humming.testing.data import generate_moe_tensors
-        from humming.transform import prepare_and_transform_humming_tensors
-        from humming.tune import get_heuristics_config
 
-        self._forward, self._activate = humming_forward, may_process_input
-        self._transform, self._heuristics = prepare_and_transform_humming_tensors, get_heuristics_config
-        self._align, self._indexed = generate_moe_tensors, GemmType.INDEXED
-        self._input_schema = HummingInputSchema(input_quant_mode=InputQuantizationMode.Disabled)
-        self._weight_schema = BaseWeightSchema.from_config(
-            {
-                "quant_method": "compressed-tensors",
-                "format": "nvfp4-pack-quantized",
-                "type": "float",
-                "num_bits": 4,
-                "strategy": "group",
-                "group_size": 16,
-            }
-        )
-        units = torch.cuda.get_device_properties(0).multi_processor_count
-        self._locks = torch.zeros(8 * units, dtype=torch.int32, device="cuda")
+        super().__init__()
+        self._activate, self._align, self._indexed = may_process_input, generate_moe_tensors, GemmType.INDEXED
         self._compute = json.dumps(
             {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": GemmType.INDEXED.value}
         )
@@ -92,35 +73,8 @@ class Humming:
     def prepare(self, case: ExpertCase, w13, w2, global_scale: float):
         layers = []
         for codes, scales in (w13, w2):
-            experts, n, k = codes.shape[0], codes.shape[1], 2 * codes.shape[2]
-            tensors = {
-                "weight_packed": codes.clone(),
-                "weight_scale": scales.clone(),
-                "weight_global_scale": torch.full((experts,), 1 / global_scale, device=codes.device),
-            }
-            shapes = {
-                "shape_n_stacks": [n],
-                "shape_k_stacks": [k],
-                "param_dtype": torch.bfloat16,
-                "num_experts": experts,
-            }
-            schema, weights = self._weight_schema.convert_humming(tensors=tensors, **shapes)
-            input_schema, inputs = self._input_schema.convert_humming(tensors=tensors, **shapes)
-            config, prepared = self._transform(
-                tensors=weights | inputs,
-                shape_n=n,
-                shape_k=k,
-                weight_schema=schema,
-                input_schema=input_schema,
-                num_experts=experts,
-                pad_n_to_multiple=256,
-                pad_k_to_multiple=128,
-                has_bias=False,
-                torch_dtype=torch.bfloat16,
-                device=codes.device,
-            )
-            tuning = self._heuristics(layer_config=config, gemm_type=self._indexed)
-            layers.append((config, prepared, tuning))
+            config, prepared, _ = self._transformed(codes, scales, global_scale)
+            layers.append((config, prepared, self._heuristics(layer_config=config, gemm_type=self._indexed)))
         return layers
 
     def route(self, case: ExpertCase, ids: torch.Tensor, weights):
@@ -178,26 +132,20 @@ class Humming:
         return torch.where((ids < case.experts).unsqueeze(-1), y, 0).sum(1)
 
 
-class Marlin:
-    """vLLM's Marlin MoE, whole, as its MarlinExperts calls it, with the locks that an engine keeps."""
-
-    name = "marlin"
-    compiles = False
+class Marlin(peers.Marlin):
+    """Its MoE, whole, called as vLLM's MarlinExperts calls it."""
 
     def __init__(self):
         from vllm import _custom_ops
-        from vllm.config import VllmConfig, set_current_vllm_config
         from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
-        from vllm.model_executor.layers.quantization.utils.marlin_utils import get_marlin_workspace
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import (
             prepare_nvfp4_moe_layer_for_marlin,
         )
         from vllm.scalar_type import scalar_types
 
-        config = VllmConfig()
-        self._context = lambda: set_current_vllm_config(config)
-        self._locks, self._ops = get_marlin_workspace(torch.device("cuda", 0)), _custom_ops
+        super().__init__()
+        self._ops = _custom_ops
         self._prepare, self._run = prepare_nvfp4_moe_layer_for_marlin, fused_marlin_moe
         self._activation, self._type = MoEActivation.SILU, scalar_types.float4_e2m1f.id
         self._limit = ApplyMoEActivationConfig(clamp_limit=LIMIT)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure candidate tiles of the experts on every case and token count -> JSON lines, one per configuration.
 
     PYTHONPATH=kernels python3 -m bench.experts.tune OUT.jsonl [--cases flash,pro_tp8] [--seconds S]
@@ -14,7 +13,7 @@ import time
 
 import torch
 
-from bench.candidates import experts as candidates
+from bench.experts import candidates
 from bench.experts.measure import Layer, floor_us, routed_inputs
 from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
 from bench.timing import capture, ceilings, microseconds
@@ -35,17 +34,17 @@ def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: fl
             tiles.check()
         except ValueError:
             return
-        got = layer.run(*inputs[0], config=tiles).float()
+        got = layer.run(*inputs[0], tiles=tiles).float()
         expected = got if expected is None else expected
         difference = ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
         if not difference < 1e-2:
             sys.exit(f"{tiles} is wrong on {case}, M = {m}: differs by {difference}")
-        graph = capture([lambda i=i: layer.run(*i, config=tiles) for i in inputs])
+        graph = capture([lambda i=i: layer.run(*i, tiles=tiles) for i in inputs])
         times[tiles] = microseconds(graph, len(inputs), repeats=3, target_us=1000.0)
         row = {"case": case.name, "m": m, "routing": routing, "w13": repr(tiles.w13), "w2": repr(tiles.w2)}
         file.write(json.dumps(row | {"us": times[tiles]}) + "\n")
 
-    groups = candidates(m * case.topk / case.known)
+    groups = candidates.by_tokens(m * case.topk / case.known)
     for configs in groups:
         for config in configs:
             attempt(ExpertTiles(config, config))

@@ -1,5 +1,4 @@
-#!/usr/bin/env python3
-"""This project's Hopper linear beside its peers on every DeepSeek-V4 linear -> JSON with ceilings and rows.
+"""This project's Hopper linear compared with its peers on every DeepSeek-V4 linear -> JSON with ceilings and rows.
 
     PYTHONPATH=kernels python3 -m bench.linear.measure OUT.json [--shapes I:J] [--tokens 1,16] [--peers quack]
         [--seconds S]
@@ -17,9 +16,10 @@ import time
 
 import torch
 
-from bench.linear.peers import PEERS, clone, import_peers
+from bench.linear.peers import PEERS, clone
 from bench.linear.tune import exact_product, operands, relative_error
-from bench.report import save
+from bench.peers import import_peers
+from bench.report import OURS, save
 from bench.shapes import TOKENS, Shape, selected_shapes
 from bench.timing import (
     DATASHEET_BYTES_PER_S,
@@ -32,7 +32,6 @@ from bench.timing import (
 )
 from cutedsl_nvfp4.sm90.linear import run
 
-OURS = "cutedsl_nvfp4"
 GLOBAL_SCALE = 1 / 2688
 REPEATS = 5
 

@@ -1,4 +1,4 @@
-"""The peers: how each prepares NVFP4 weights and is called.
+"""The linear's peers: how each prepares NVFP4 weights and is called.
 
 A peer gives `prepare(codes, block_scales, global_scale) -> weights`, tensors in tuples, lists and dicts that
 `clone` copies, and `call(x, weights) -> out [M, N]`. One that `compiles` does so at its first call, for bench/warm.py.
@@ -6,25 +6,13 @@ One whose package is missing raises ImportError in its constructor; the bench na
 """
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
 
 import torch
 
+from bench import peers
 from cutedsl_nvfp4.reference import dequantize
-
-
-def import_peers(peers: Sequence[type], names: list[str]) -> tuple[list, dict[str, str]]:
-    """(instances of those named, {name: why} of those whose package is missing)"""
-    found, missing = [], {}
-    for peer in peers:
-        if peer.name in names:
-            try:
-                found.append(peer())
-            except ImportError as error:
-                missing[peer.name] = str(error)
-    return found, missing
 
 
 def clone(prepared):
@@ -75,64 +63,19 @@ class Quack:
         return self._gemm(x, blob, scales, tensor_scale=global_scale, wformat="nvfp4")
 
 
-class Humming:
-    """What stock vLLM 0.32.0 runs on Hopper, called as its HummingNvFp4LinearKernel calls it.
+class Humming(peers.Humming):
+    """Called as vLLM's HummingNvFp4LinearKernel calls it.
 
     Left to itself Humming compiles its tiles for every M, 33 kernels a shape, at a shape's first call. It is given
     its own choice for the M at hand instead: the same kernel, 7 a shape for all of `shapes.TOKENS`.
     """
 
-    name = "humming"
-    compiles = True
     bytes_per_weight = 9 / 16
     _COMPUTE: ClassVar = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"}
-
-    def __init__(self):
-        self._checkpoint = {
-            "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            "type": "float",
-            "num_bits": 4,
-            "strategy": "group",
-            "group_size": 16,
-        }
-        from humming.config import InputQuantizationMode
-        from humming.forward import humming_forward
-        from humming.schema import BaseWeightSchema, HummingInputSchema
-        from humming.transform import prepare_and_transform_humming_tensors
-        from humming.tune import get_heuristics_config
-
-        self._forward, self._transform = humming_forward, prepare_and_transform_humming_tensors
-        self._heuristics, self._compute = get_heuristics_config, json.dumps(self._COMPUTE)
-        self._weight_schema = BaseWeightSchema
-        self._input_schema = HummingInputSchema(input_quant_mode=InputQuantizationMode.Disabled)
-        units = torch.cuda.get_device_properties(0).multi_processor_count
-        self._locks = torch.zeros(8 * units, dtype=torch.int32, device="cuda")
+    _COMPUTE_CONFIG = json.dumps(_COMPUTE)
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
-        n, k = codes.shape[0], 2 * codes.shape[1]
-        tensors = {
-            "weight_packed": codes.clone(),
-            "weight_scale": block_scales.clone(),
-            "weight_global_scale": torch.tensor([1 / global_scale], device=codes.device),
-        }
-        shapes = {"shape_n_stacks": [n], "shape_k_stacks": [k], "param_dtype": torch.bfloat16}
-        schema, weights = self._weight_schema.from_config(self._checkpoint).convert_humming(
-            tensors=tensors, **shapes
-        )
-        input_schema, inputs = self._input_schema.convert_humming(tensors=tensors, **shapes)
-        config, prepared = self._transform(
-            tensors=weights | inputs,
-            shape_n=n,
-            shape_k=k,
-            weight_schema=schema,
-            input_schema=input_schema,
-            pad_n_to_multiple=256,
-            pad_k_to_multiple=128,
-            has_bias=False,
-            torch_dtype=torch.bfloat16,
-            device=codes.device,
-        )
+        config, prepared, schema = self._transformed(codes, block_scales, global_scale)
         tuning = self._heuristics(layer_config=config, **self._COMPUTE)
 
         @cache
@@ -155,26 +98,21 @@ class Humming:
             input_scale_2=None,
             hadamard_block_size=hadamard,
             locks=self._locks,
-            compute_config=self._compute,
+            compute_config=self._COMPUTE_CONFIG,
             tuning_config=tiles(x.shape[0]),
         )
 
 
-class Marlin:
-    """vLLM's Marlin, as its MarlinNvFp4LinearKernel calls it, with the locks that an engine keeps."""
+class Marlin(peers.Marlin):
+    """Called as vLLM's MarlinNvFp4LinearKernel calls it."""
 
-    name = "marlin"
-    compiles = False
     bytes_per_weight = 9 / 16
 
     def __init__(self):
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4
+        from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
 
+        super().__init__()
         self._marlin = marlin_utils_fp4
-        config = VllmConfig()
-        self._context = lambda: set_current_vllm_config(config)
-        self._locks = marlin_utils.get_marlin_workspace(torch.device("cuda", 0))
 
     def prepare(self, codes: torch.Tensor, block_scales: torch.Tensor, global_scale: float):
         layer = torch.nn.Module()

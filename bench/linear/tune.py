@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
     PYTHONPATH=kernels python3 -m bench.linear.tune OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bench import candidates
+from bench.linear import candidates
 from bench.linear.choose import read
 from bench.shapes import TOKENS, Shape, selected_shapes
 from bench.timing import capture, copies, microseconds
@@ -95,7 +94,7 @@ def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -
 
 
 def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, without: Sequence[str]) -> None:
-    """`known` is choose_tiles.read's, {(n, k, groups, m): {config: us}}; `without` are parts of a config's repr."""
+    """`known` is what choose.read gives, {(n, k, groups, m): {tile: us}}; `without` are parts of a tile's repr."""
     codes, scales, rotated, row_scale = operands(shape)
     panels_per_group = -(-shape.n // 64) // shape.groups
     configs = candidates.narrow() + candidates.wide()
@@ -118,7 +117,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
                 return
 
             def call(weights, config=config, x=x):
-                return run(x, *weights, row_scale, n=shape.n, k=shape.k, groups=shape.groups, config=config)
+                return run(x, *weights, row_scale, n=shape.n, k=shape.k, groups=shape.groups, tile=config)
 
             if config not in verified:
                 error, rounding = relative_error(call(rotated[0]), *exact)

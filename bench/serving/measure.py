@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Step times of a running server, by its own clock -> JSON rows, appended to OUT.
 
     python3 -m bench.serving.measure OUT.jsonl --port 8000 --label 'ours, 4 layers' [--streams 1,8] [--prefill 2048]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write an all-NVFP4 DeepSeek-V4 checkpoint of full width and few layers, with valid random operands.
 
     PYTHONPATH=kernels python3 -m bench.serving.random_checkpoint OUT [--model flash] [--layers 4] [--experts 64]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Serve a deep model from the weights of a few layers: for timing models that no disk at hand can hold.
 
     python3 -m bench.serving.repeat_layers SHALLOW DEEP --layers 43     folder DEEP: SHALLOW's files, more layers

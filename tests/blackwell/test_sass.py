@@ -22,6 +22,17 @@ def test_main_loop_is_as_lean_as_nvidias(arch, kernel):
     assert sass.compare(kernel, arch).problems == []
 
 
+@pytest.mark.parametrize("kind", ["linear", "w13", "w2"])
+def test_tiles_of_two_ctas_are_compared_with_such_of_nvidias(kind):
+    """Both loops show it: the instruction's name holds 2CTA."""
+    pairs = [
+        kernel for kernel in sass.ours("sm_100a") if kernel.kind == kind and kernel.example_tile[0] == 256
+    ]
+    assert pairs
+    found = sass.compare(pairs[0], "sm_100a")
+    assert all("2CTA" in opcode for code in (found.code, found.example) for opcode in code.mma)
+
+
 def test_a_fat_main_loop_is_noticed():
     arch, kernel = kernels()[0].values
     found = sass.compare(kernel, arch)

@@ -1,32 +1,232 @@
 """The benchmarks without a GPU: the tiles and the bars that their committed rows give, copies, checks, warm-up."""
 
+import gzip
+import importlib
+import json
+import shutil
+import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 
+from bench import choice, report
+from bench.experts.choose import parse_tiles
+from bench.experts.measure import best_tiles
+from cutedsl_nvfp4.sm90 import tiles
+from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile
 from tests.support.paths import ROOT
+
+RESULTS = ROOT / "docs/results"
+SM90 = ROOT / "kernels/cutedsl_nvfp4/sm90"
+
+
+def modules() -> list[str]:
+    files = sorted((ROOT / "bench").rglob("*.py"))
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"
+    ]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports_and_every_program_says_how_it_is_run(name):
+    module = importlib.import_module(name)
+    if hasattr(module, "main") and name != "bench.choice":  # whose main is the others'
+        assert f"python3 -m {name} " in module.__doc__
+
+
+@pytest.mark.parametrize("product", ["linear", "experts"])
+def test_the_committed_rows_give_the_shipped_tiles(product, tmp_path):
+    program = importlib.import_module(f"bench.{product}.choose")
+    rows, out = RESULTS / f"h200_{product}_tuning.jsonl.gz", tmp_path / "tiles.json"
+    program.main([str(rows), "--gpu", "NVIDIA H200", "--out", str(out)])
+    assert out.read_bytes() == (SM90 / f"tiles_{product}.json").read_bytes()
+
+
+def test_the_wheel_holds_the_shipped_tiles(tmp_path):
+    package = tmp_path / "kernels"
+    shutil.copytree(
+        ROOT / "kernels", package, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    )
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, package], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name.removeprefix("cutedsl_nvfp4/sm90/") for name in zipfile.ZipFile(wheel).namelist()}
+    assert held >= {path.name for path in SM90.glob("*.json")} >= {"tiles_linear.json", "tiles_experts.json"}
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        NarrowTile(),
+        NarrowTile(16, split_k=8, signal=True),
+        WideTile(),
+        WideTile(3, 192, persistent=True, tail=96),
+    ],
+)
+def test_a_tile_is_read_as_it_was_written(tile):
+    assert choice.parse_tile(repr(tile)) == tile
+    assert choice.parse_tile(repr(tile).replace("Tile", "")) == tile  # as in rows of before the present names
+    assert tiles._tile(json.loads(json.dumps(choice.tile_fields(tile)))) == tile
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "WideTile",
+        "WideTile(",
+        "WideTile(2)",
+        "WideTile(tokens=64) or 1",
+        "WideTile(tokens=64, tokens=64)",
+        "WideTile(rows=64)",
+        "WideTile(tokens='64')",
+        "WideTile(tokens=True)",
+        "WideTile(persistent=1)",
+        "WideTile(tokens=2 * 32)",
+        "WideTile(**{'tokens': 64})",
+        "sm90.WideTile(tokens=64)",
+        "ExpertTiles(w13=NarrowTile(), w2=NarrowTile())",
+        "print(tokens=64)",
+    ],
+)
+def test_what_is_no_tile_is_refused(text):
+    with pytest.raises(ValueError, match="not the repr of a tile"):
+        choice.parse_tile(text)
+
+
+def test_a_later_file_replaces_a_problem_whole(tmp_path):
+    def rows(name: str, *found: tuple[int, str, float]) -> str:
+        path = tmp_path / name
+        lines = "".join(
+            json.dumps({"n": 64, "k": 64, "groups": 1, "m": m, "config": config, "us": us}) + "\n"
+            for m, config, us in found
+        )
+        path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+        return str(path)
+
+    from bench.linear.choose import read
+
+    old = rows(
+        "old.jsonl.gz",
+        (1, "Narrow(tokens=8)", 1.0),
+        (1, "Wide(tokens=64)", 2.0),
+        (2, "Narrow(tokens=8)", 1.0),
+    )
+    new = rows("new.jsonl", (1, "WideTile(tokens=64)", 3.0))
+    assert read([old, new]) == {(64, 64, 1, 1): {WideTile(2, 64): 3.0}, (64, 64, 1, 2): {NarrowTile(8): 1.0}}
+
+
+def test_the_fastest_tiles_of_experts_rows_are_found(tmp_path):
+    rows = [
+        {"case": "flash", "m": 1, "w13": repr(NarrowTile(tokens)), "w2": repr(NarrowTile(tokens)), "us": us}
+        for tokens, us in ((8, 2.0), (16, 1.0), (24, 3.0))
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert best_tiles(str(path)) == {("flash", 1): parse_tiles(rows[1])}
+
+
+EXPECTED = RESULTS / "expected_misses.json"
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+def bench_check(tmp_path, capsys):
+    """`make bench-check` after `change(row)` of every problem's row -> (exit status, what it said)."""
+
+    def check(change=lambda row: None, expected=EXPECTED) -> tuple[int, str]:
+        paths = []
+        for product in ("linear", "experts"):
+            path = tmp_path / f"{product}.json"
+            runs = report.read(RESULTS / f"h200_{product}.json")
+            for row in report.newest(runs):
+                change(row)
+            path.write_text(json.dumps({"runs": runs}))
+            paths.append(str(path))
+        status = report.main([*paths, "--bars", "--expected", str(expected)])
+        return status, capsys.readouterr().out
+
+    return check
 
 
-def test_the_committed_rows_give_the_shipped_tiles(bench, monkeypatch, tmp_path):
-    from bench.linear import choose as choose_tiles
+def slower(name: str, factor: float):
+    """A change that makes our time on one problem longer."""
 
-    shipped = choose_tiles.OUTPUT
-    monkeypatch.setattr(choose_tiles, "OUTPUT", tmp_path / "measured.py")
-    rows = ROOT / "docs/results/h200_linear_tuning.jsonl.gz"
-    monkeypatch.setattr(sys, "argv", ["choose_tiles", str(rows), "--gpu", "NVIDIA H200"])
-    choose_tiles.main()
-    assert choose_tiles.OUTPUT.read_text() == shipped.read_text()
+    def change(row: dict) -> None:
+        if report.problem(row) == name:
+            row["us"][report.OURS] *= factor
+
+    return change
 
 
-def test_bars_take_a_problem_whole_from_the_newest_run(bench):
+def test_every_missed_bar_is_recorded_and_every_record_is_missed(bench_check):
+    status, said = bench_check()
+    assert status == 0 and "every miss is recorded" in said and "met now" not in said
+    recorded = json.loads(EXPECTED.read_text())
+    for bars_of, product in ((report.linear_bars, "linear"), (report.expert_bars, "experts")):
+        bars = bars_of(report.newest(report.read(RESULTS / f"h200_{product}.json")))
+        missed = sorted((bar.what, name) for bar in bars for name in bar.misses)
+        assert sorted((entry["bar"], entry["problem"]) for entry in recorded[product]) == missed
+        assert all(entry["reason"] for entry in recorded[product])
+
+
+@pytest.mark.parametrize(
+    "name, allowed",
+    [
+        ("pro.indexer_compressor M=1024", 1.01),  # behind a peer, as recorded
+        ("flash.shared_w2/8 M=2048", 1.01),  # far from the floor, as recorded
+        ("pro_tp8 M=16 zipf", 1.01),
+        ("pro.wq_b/1 M=1", 1.001),  # misses nothing
+    ],
+)
+def test_a_row_that_is_worse_than_recorded_is_red(bench_check, name, allowed):
+    assert bench_check(slower(name, allowed))[0] == 0
+    status, said = bench_check(slower(name, 5.0 if allowed == 1.001 else 1.03))
+    worse = [line for line in said.splitlines() if line.startswith("worse than")]
+    assert status == 1 and worse and all(name in line for line in worse)
+    assert "every miss is recorded" not in said
+
+
+@pytest.mark.parametrize("factor, status", [(0.99, 0), (0.97, 1)])
+def test_a_mean_may_fall_short_as_far_as_recorded(bench_check, factor, status):
+    def change(row: dict) -> None:
+        if "case" in row and row["m"] >= 1024:
+            row["us"]["marlin"] *= factor
+
+    found, said = bench_check(change)
+    assert found == status and ("over Marlin, M >= 1024: all has 2.12, recorded 2.188" in said) == (
+        status == 1
+    )
+
+
+def test_a_recorded_miss_that_is_met_now_is_named(bench_check):
+    status, said = bench_check(slower("pro.indexer_compressor M=1024", 0.8))
+    (met,) = [line for line in said.splitlines() if line.startswith("met now")]
+    assert status == 0 and "rows slower than 1/0.98 of the best peer: pro.indexer_compressor M=1024" in met
+
+
+def test_a_record_of_what_nobody_measured_is_red(bench_check, tmp_path):
+    recorded = json.loads(EXPECTED.read_text())
+    recorded["experts"][0]["bar"] = "over Merlin"
+    path = tmp_path / "expected.json"
+    path.write_text(json.dumps(recorded))
+    status, said = bench_check(expected=path)
+    assert status == 1 and "over Merlin: all is recorded, and not measured" in said
+    assert "over Marlin, M >= 1024: all has 2.19, and no miss is recorded" in said
+
+
+def test_a_time_that_is_no_number_meets_no_bar(bench_check):
+    assert bench_check(slower("pro.wo_b/1 M=8192", float("nan")))[0] == 1
+
+
+def test_without_records_any_miss_is_red(capsys):
+    assert report.main([str(RESULTS / "h200_linear.json"), "--bars"]) == 1
+    assert "| over quack | 1.69 | >= 1.1 | yes |" in capsys.readouterr().out
+
+
+def test_bars_take_a_problem_whole_from_the_newest_run():
     """Never this run's time over that run's peer."""
-    from bench import report
 
     def run(us: float, peer: float, tokens: tuple) -> dict:
         row = {"shape": "a", "n": 64, "k": 64, "groups": 1, "us": {report.OURS: us, "quack": peer}}
@@ -36,7 +236,7 @@ def test_bars_take_a_problem_whole_from_the_newest_run(bench):
     assert [(r["m"], r["us"][report.OURS], r["us"]["quack"]) for r in rows] == [(1, 2.0, 1.0), (16, 4.0, 8.0)]
 
 
-def test_a_clone_copies_tensors_and_shares_the_rest(bench):
+def test_a_clone_copies_tensors_and_shares_the_rest():
     from bench.linear.peers import clone
 
     config = object()
@@ -50,7 +250,7 @@ def test_a_clone_copies_tensors_and_shares_the_rest(bench):
         clone(torch.zeros(1).expand(4))
 
 
-def test_the_check_of_a_result_sees_one_wrong_group(bench):
+def test_the_check_of_a_result_sees_one_wrong_group():
     from bench.linear.tune import exact_product, random_weights, relative_error
     from bench.shapes import Shape
     from cutedsl_nvfp4.reference import dequantize
@@ -70,7 +270,7 @@ def test_the_check_of_a_result_sees_one_wrong_group(bench):
     assert relative_error(out.to(torch.bfloat16), rows, exact)[0] > 10 * rounding
 
 
-def test_shapes_are_selected_by_slice_or_name(bench):
+def test_shapes_are_selected_by_slice_or_name():
     from bench.shapes import model_shapes, selected_shapes
 
     assert selected_shapes(":") == model_shapes() and selected_shapes("2:4") == model_shapes()[2:4]
@@ -79,7 +279,7 @@ def test_shapes_are_selected_by_slice_or_name(bench):
         selected_shapes("nonesuch")
 
 
-def test_warming_takes_every_problem_of_the_peers_that_compile(bench):
+def test_warming_takes_every_problem_of_the_peers_that_compile():
     from bench.shapes import EXPERT_CASES, model_shapes
     from bench.warm import tasks
 
@@ -94,7 +294,7 @@ def test_warming_takes_every_problem_of_the_peers_that_compile(bench):
     )
 
 
-def test_warming_names_a_failure_and_goes_on(bench, monkeypatch):
+def test_warming_names_a_failure_and_goes_on(monkeypatch):
     from bench import warm
     from bench.linear.peers import CublasBf16
     from bench.shapes import model_shapes

@@ -3,9 +3,11 @@
 Plain data: imports neither torch nor CuTe DSL, so tests, bench and ahead-of-time compilation share it.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from pathlib import Path
 
 from .. import tile_choice
 from ..tile_choice import TilePair
@@ -254,8 +256,6 @@ def _measured(n: int, k: int, groups: int, m: int) -> LinearTile:
 @cache
 def _rules(n: int, k: int, groups: int) -> tuple[tuple[int, LinearTile], ...]:
     """(most tokens, configuration) of the nearest measured problem, ascending, as a weight [n, k] can take them."""
-    from .measured import CONFIGS, TABLE
-
     panels_per_group = -(-n // PANEL_ROWS) // groups
 
     def distance(problem: tuple[int, int, int]) -> tuple[float, bool]:
@@ -265,7 +265,32 @@ def _rules(n: int, k: int, groups: int) -> tuple[tuple[int, LinearTile], ...]:
     def fitting(config: LinearTile) -> LinearTile:
         return config if config.fits_groups(panels_per_group, groups) else ungrouped(config)
 
-    return tuple((most, fitting(CONFIGS[index])) for most, index, _ in TABLE[min(TABLE, key=distance)])
+    _, layers = _measured_tiles()
+    return tuple((most, fitting(config)) for most, config in layers[min(layers, key=distance)])
+
+
+def _read(file: str) -> dict:
+    """A file of measured tiles, as bench/choice.py writes it."""
+    return json.loads(Path(__file__).with_name(file).read_text())
+
+
+def _tile(fields: dict) -> LinearTile:
+    """The tile of its class and the fields that differ from the class's default."""
+    kind = {"narrow": NarrowTile, "wide": WideTile}[fields["class"]]
+    return kind(**{name: value for name, value in fields.items() if name != "class"})
+
+
+@cache
+def _measured_tiles() -> tuple[list[LinearTile], dict[tuple[int, int, int], list[tuple[int, LinearTile]]]]:
+    """(every tile, {(n, k, groups): [(most tokens, tile), ...], ascending}) of tiles_linear.json."""
+    table = _read("tiles_linear.json")
+    tiles = [_tile(fields) for fields in table["tiles"]]
+    return tiles, {
+        (layer["n"], layer["k"], layer["groups"]): [
+            (int(most), tiles[index]) for most, index in layer["tile_by_most_tokens"].items()
+        ]
+        for layer in table["layers"]
+    }
 
 
 def ungrouped(config: WideTile) -> WideTile:
@@ -305,11 +330,10 @@ def general() -> list[WideTile]:
 
 def shipped() -> list[LinearTile]:
     """Every configuration `choose` can return, for ahead-of-time compilation."""
-    from .measured import CONFIGS
-
+    measured, _ = _measured_tiles()
     invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
-    alone = [ungrouped(c) for c in CONFIGS if isinstance(c, WideTile) and c.panels * c.multicast > 1]
-    return list(dict.fromkeys([*CONFIGS, *invariant, *general(), *alone]))
+    alone = [ungrouped(c) for c in measured if isinstance(c, WideTile) and c.panels * c.multicast > 1]
+    return list(dict.fromkeys([*measured, *invariant, *general(), *alone]))
 
 
 @dataclass(frozen=True)
@@ -394,19 +418,34 @@ def _measured_experts(experts: int, hidden: int, intermediate: int, mean: float)
 @cache
 def _experts_rules(experts: int, hidden: int, intermediate: int) -> tuple[tuple[float, ExpertTiles], ...]:
     """(tokens an expert gets on average, tiles) of the nearest measured layer, ascending."""
-    from .measured_experts import TABLE, TILES
 
     def distance(layer: tuple[int, int, int]) -> float:
         return sum(abs(math.log(a / b)) for a, b in zip(layer, (experts, hidden, intermediate), strict=True))
 
-    return tuple((mean, TILES[index]) for mean, index, _ in TABLE[min(TABLE, key=distance)])
+    _, layers = _measured_expert_tiles()
+    return tuple(layers[min(layers, key=distance)])
+
+
+@cache
+def _measured_expert_tiles() -> tuple[
+    list[ExpertTiles], dict[tuple[int, int, int], list[tuple[float, ExpertTiles]]]
+]:
+    """(every pair, {(experts, hidden, intermediate): [(tokens an expert gets on average, pair), ...], ascending})
+    of tiles_experts.json."""
+    table = _read("tiles_experts.json")
+    tiles = [ExpertTiles(_tile(pair["w13"]), _tile(pair["w2"])) for pair in table["tiles"]]
+    return tiles, {
+        (layer["experts"], layer["hidden"], layer["intermediate"]): [
+            (float(mean), tiles[index]) for mean, index in layer["tiles_by_mean_tokens"].items()
+        ]
+        for layer in table["layers"]
+    }
 
 
 def shipped_expert_tiles() -> list[ExpertTiles]:
     """Everything `choose_experts` can return."""
-    from .measured_experts import TILES
-
-    return [*TILES, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
+    measured, _ = _measured_expert_tiles()
+    return [*measured, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
 
 
 def shipped_experts() -> list[tuple[LinearTile, bool]]:
