@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from planted_errors import PLANTED
+from processor import has_avx512_bf16, need
 from random_checkpoint import write_bf16_twin, write_random
 from record_layers import DECODED
 from reference_model import prompt_logprobs, reference_model
@@ -130,8 +131,7 @@ class Distances:
     @classmethod
     def bf16(cls, checkpoint, tmp_path_factory) -> Parity:
         """The same dequantized weights."""
-        if not torch.cpu._is_avx512_bf16_supported():  # what vLLM asks before it loads its library
-            pytest.skip("vLLM serves bf16 weights only with its library for AVX512-BF16")
+        need(has_avx512_bf16())
         folder = tmp_path_factory.mktemp("bf16")
         twin = write_bf16_twin(checkpoint, folder / "checkpoint")
         return measure(twin, cls.prompts(), folder / "server.log")
