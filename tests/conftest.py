@@ -40,12 +40,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The only place that leaves GPU tests out, so that the summary has one line of them."""
     if item.get_closest_marker("gpu_sm90") is None:
         return
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+        pytest.skip("needs a Hopper GPU (compute capability 9.0): no CUDA device")
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
+        pytest.skip(f"needs a Hopper GPU (compute capability 9.0): {torch.cuda.get_device_name()} is none")
 
 
 @pytest.fixture(autouse=True)

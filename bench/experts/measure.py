@@ -80,7 +80,7 @@ class Layer:
     def run(self, x, weights, ids, tiles=None) -> torch.Tensor:
         case = self.case
         return run(
-            x, *self.packed, weights, ids, self.expert_map,
+            x, *self.packed, weights, ids, expert_map=self.expert_map,
             hidden=case.hidden, intermediate=case.intermediate, swiglu_limit=LIMIT, tiles=tiles,
         )  # fmt: skip
 

@@ -28,6 +28,7 @@ from recipe.expected import token_logprobs
 from recipe.model import empty_model
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.paths import DEMO
+from tests.support.processor import has_block_fp8, need
 from tests.support.servers.vllm import Server, ServerDied
 
 DOCUMENTS = json.loads((DEMO / "expected.json").read_text())["documents"]
@@ -368,8 +369,7 @@ def built(folder: Path):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_coverage(dialect, tmp_path, one_rank):
     """The whole checkpoint passes; without one tensor of each kind, or with a stray one, it is refused by name."""
-    if dialect.endswith("fp8") and not fp8_runs_here():
-        pytest.skip("vLLM has no block-FP8 layers for this processor: it needs AMX or AVX512-BF16")
+    need(has_block_fp8() or not dialect.endswith("fp8"))
     tensors, config = made(*DIALECTS[dialect])
     model = built(checkpoints.write(tmp_path / "checkpoint", tensors, config))
     file = tmp_path / "checkpoint" / "model.safetensors"
@@ -415,10 +415,6 @@ def test_a_tensor_by_two_names_is_refused(tmp_path, one_rank):
 
 
 # --- served ---
-
-
-def fp8_runs_here() -> bool:
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def scored(server: Server) -> list[list[float]]:
@@ -467,13 +463,12 @@ class TestServed:
         assert served(dialect) == served("o_a-bf16-weight-only")
 
     def test_fp8_attention_by_compressed_tensors(self, served):
-        if not fp8_runs_here():
-            pytest.skip("block FP8 needs AMX or AVX512-BF16")
+        need(has_block_fp8())
         assert served("compressed-tensors-experts-only-fp8") == served("experts-only-fp8")
 
     @pytest.mark.parametrize("dialect", ["experts-only-fp8", "mxfp4-fp8"])
     def test_fp8_attention(self, served, dialect, tmp_path):
-        if not fp8_runs_here():
+        if not has_block_fp8():
             with pytest.raises(ServerDied, match=r"requires AMX or AVX512-BF16\."):
                 served(dialect)
             return

@@ -22,6 +22,7 @@ from tests.support.parity.record_layers import DECODED
 from tests.support.parity.reference_model import prompt_logprobs, reference_model
 from tests.support.parity.replay import Figures, replay
 from tests.support.paths import DEMO
+from tests.support.processor import has_avx512_bf16, need
 from tests.support.servers.vllm import Server, environment
 
 pytestmark = pytest.mark.serving
@@ -132,8 +133,7 @@ class Distances:
     @classmethod
     def bf16(cls, checkpoint, tmp_path_factory) -> Parity:
         """The same dequantized weights."""
-        if not torch.cpu._is_avx512_bf16_supported():  # what vLLM asks before it loads its library
-            pytest.skip("vLLM serves bf16 weights only with its library for AVX512-BF16")
+        need(has_avx512_bf16())
         folder = tmp_path_factory.mktemp("bf16")
         twin = write_bf16_twin(checkpoint, folder / "checkpoint")
         return measure(twin, cls.prompts(), folder / "server.log")
