@@ -27,7 +27,16 @@ KERNEL_ARCHITECTURES = (
 )
 
 # what an image is built from, relative to PROJECT_ROOT
-SOURCES = (".dockerignore", "Dockerfile", "docker-bake.hcl", "kernels", "patches", "scripts", "versions.env")
+SOURCES = (
+    ".dockerignore",
+    "Dockerfile",
+    "docker-bake.hcl",
+    "devtools",
+    "kernels",
+    "patches",
+    "scripts",
+    "versions.env",
+)
 
 # SOURCE_DATE_EPOCH, 1980-01-01, the oldest date a wheel can hold. BuildKit only sets those back to it that are
 # younger: with the commit's date, files that a clone has had for longer would keep theirs and change the digest.

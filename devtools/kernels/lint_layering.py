@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check the layers of kernels/cutedsl_nvfp4 (docs/development.md): who may import what.
+"""Check the layers of kernels/cutedsl_nvfp4 (docs/development.md): who may import what, and no circles.
 
 Exit status: 0 clean, 1 findings.
 """
@@ -29,17 +29,35 @@ class Confined:
     allowed: tuple[str, ...]
 
 
+DEVICE_CODE = ("device/*", "blackwell/*", "sm*/*")
+
 CONFINED = (
-    Confined("vllm", ("vllm/*",)),
-    Confined("cutlass", ("sm*/*", "compiled.py")),
+    Confined("vllm", ("vllm/*", "checkpoint/calibrate.py")),
+    Confined("cutlass", (*DEVICE_CODE, "compiled.py")),
     # our ops; and where vLLM's build for this CPU lacks its own, torch implementations of those
-    Confined("torch.library", ("ops.py", "vllm/cpu_kernels.py")),
+    Confined("torch.library", ("ops.py", "vllm/cpu/operators.py")),
 )
+
+# Files that match the pattern import nothing of these: a family knows no other, and what they share knows none of them.
+APART = {
+    "sm90/*": ("sm100", "sm120", "blackwell"),
+    "sm100/*": ("sm90", "sm120"),
+    "sm120/*": ("sm90", "sm100"),
+    "blackwell/*": ("sm90", "sm100", "sm120"),
+    "device/*": ("sm90", "sm100", "sm120", "blackwell"),
+    "checkpoint/*": ("vllm.linear", "vllm.experts", "sm90", "sm100", "sm120", "blackwell", "device"),
+}
 
 IMPORT_FUNCTIONS = ("__import__", "import_module", "importlib.import_module")
 
 # Besides the standard library these files import the modules named and nothing else.
-CLOSED = {"format.py": ("torch",), "reference.py": ("torch", "cutedsl_nvfp4.format")}
+CLOSED = {
+    "format.py": ("torch",),
+    "reference.py": ("torch", "cutedsl_nvfp4.format"),
+    "settings.py": (),
+    "tile_choice.py": (),
+    **{f"{family}/tiles.py": ("cutedsl_nvfp4.tile_choice",) for family in ("sm90", "sm100", "sm120")},
+}
 
 
 def absolute(node: ast.ImportFrom, file: str) -> str:
@@ -99,9 +117,57 @@ def check_file(source: str, file: str) -> list[str]:
         for line, name in imports:
             standard = name.split(".")[0] in sys.stdlib_module_names
             if not standard and not any(within(name, module) for module in CLOSED[file]):
-                allowed = ", ".join(CLOSED[file])
+                allowed = ", ".join(CLOSED[file]) or "the standard library"
                 findings.append(f"{file}:{line}: imports {name}, but {file} imports {allowed} alone")
+    for pattern, others in APART.items():
+        if fnmatch(file, pattern):
+            for line, name in imports:
+                for other in others:
+                    if within(name, f"cutedsl_nvfp4.{other}"):
+                        findings.append(
+                            f"{file}:{line}: imports {name}, but {pattern} stays apart from {other}"
+                        )
     return findings
+
+
+def modules_of(package: Path) -> dict[str, Path]:
+    """{dotted name: file} of every module under `package`."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = (package.name, *file.relative_to(package).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def find_circles(package: Path) -> list[list[str]]:
+    """Groups of modules under `package` that import each other, by any statement at any depth."""
+    modules = modules_of(package)
+    uses: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        relative = file.relative_to(package).as_posix()
+        found = set()
+        for _, imported_name in imported(ast.parse(file.read_text(encoding="utf-8")), relative):
+            while imported_name not in modules and "." in imported_name:
+                imported_name = imported_name.rpartition(".")[0]
+            found.add(imported_name)
+        uses[name] = found & modules.keys() - {name}
+
+    def reached_from(start: str) -> set[str]:
+        seen: set[str] = set()
+        pending = list(uses[start])
+        while pending:
+            if (module := pending.pop()) not in seen:
+                seen.add(module)
+                pending.extend(uses[module])
+        return seen
+
+    reached = {name: reached_from(name) for name in modules}
+    circles = {
+        tuple(sorted(other for other in reached[name] if name in reached[other]))
+        for name in modules
+        if name in reached[name]
+    }
+    return [list(circle) for circle in sorted(circles)]
 
 
 def check_package(package: Path) -> list[str]:
@@ -109,11 +175,13 @@ def check_package(package: Path) -> list[str]:
     files = sorted(package.rglob("*.py"))
     if not files:
         return [f"{package} holds no Python file; nothing was checked"]
-    return [
+    findings = [
         finding
         for file in files
         for finding in check_file(file.read_text(encoding="utf-8"), file.relative_to(package).as_posix())
     ]
+    findings += [f"these modules import each other: {', '.join(circle)}" for circle in find_circles(package)]
+    return findings
 
 
 def main(argv: list[str] | None = None) -> int:
