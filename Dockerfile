@@ -59,12 +59,13 @@ RUN set -eux; \
     find /tmp -mindepth 1 -delete; \
     ls -A /tmp
 
-# The smoke test needs Python alone: `docker compose run --rm smoke`.
-COPY --chmod=755 scripts/smoke_test.py /opt/cutedsl_nvfp4/scripts/
+# What a user runs: the smoke test, which needs Python alone (`docker compose run --rm smoke`), and the tools that make
+# checkpoints (docs/convert.md). Names without .py forward to those with it, for one release.
+COPY --chmod=755 scripts/smoke_test.py scripts/smoke_test scripts/convert_checkpoint.py scripts/convert_checkpoint \
+     scripts/calibrate_checkpoint.py scripts/calibrate_checkpoint scripts/compare_checkpoints.py \
+     scripts/compare_checkpoints scripts/inspect_checkpoint.py scripts/inspect_checkpoint scripts/plan_memory.py \
+     scripts/plan_memory scripts/apply_patches /opt/cutedsl_nvfp4/scripts/
 COPY --chmod=755 scripts/smoke/ /opt/cutedsl_nvfp4/scripts/smoke/
-# Making checkpoints: docs/convert.md.
-COPY --chmod=755 scripts/convert_checkpoint.py scripts/calibrate_checkpoint.py scripts/compare_checkpoints.py \
-     scripts/inspect_checkpoint.py scripts/plan_memory.py /opt/cutedsl_nvfp4/scripts/
 
 # vLLM adds a plugin's HTTP routes (GET /kernels) only if the plugin is named. Kernels come from this image alone.
 ENV VLLM_PLUGINS=cutedsl_nvfp4 \

@@ -322,13 +322,10 @@ def test_config_alone_is_enough(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", [["plan_memory", "demo", "H100"], ["inspect_checkpoint", "demo"]], ids=lambda s: s[0]
+    "script", [["plan_memory.py", "demo", "H100"], ["inspect_checkpoint.py", "demo"]], ids=lambda s: s[0]
 )
 def test_scripts_need_nothing_but_python(script):
     """-S -I: no site-packages, so neither torch nor anything else that is not Python's own."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import runpy; sys.argv = {script!r}; "
-        + (f"runpy.run_path({str(ROOT / 'scripts' / script[0])!r}, run_name='__main__')")
-    )
-    run = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-S", "-I", str(ROOT / "scripts" / script[0]), *script[1:]]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

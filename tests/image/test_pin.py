@@ -44,9 +44,9 @@ def pushed(tmp_path):
 
 
 def test_pin_writes_what_the_registry_says(pushed: str, tmp_path):
-    (tmp_path / "scripts").mkdir()
-    for name in ("pin_images", "pins.py"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for name in ("devtools/image/pin.py", "devtools/setup/pins.py"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        shutil.copy(ROOT / name, tmp_path / name)
     table = tmp_path / "versions.env"
     before = f"# pins\nVLLM_IMAGE={REGISTRY}/vllm/gpu:v1\nVLLM_CPU_IMAGE={REGISTRY}/vllm/cpu:v1\n"
     table.write_text(before)

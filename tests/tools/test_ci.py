@@ -30,7 +30,7 @@ def ci(tmp_path):
         (tmp_path / ".ci").mkdir()
         shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
         executable(tmp_path / "bin/make", make)
-        (tmp_path / "scripts").mkdir()
+        (tmp_path / "devtools/setup").mkdir(parents=True)
         (tmp_path / "devtools/setup/demo_server.py").write_text("")
         if container is not None:
             executable(tmp_path / ".ci/container", container)

@@ -1,6 +1,6 @@
 """What reaches each NVFP4 layer on texts of the user's: worker methods around ordinary requests.
 
-For scripts/calibrate_checkpoint. The engine runs with CUTEDSL_NVFP4_ACTIVATIONS=nvfp4,
+For scripts/calibrate_checkpoint.py. The engine runs with CUTEDSL_NVFP4_ACTIVATIONS=nvfp4,
 CUTEDSL_NVFP4_ACTIVATION_SCALE=warmup and CUTEDSL_NVFP4_IMPL=reference; while it observes, layers compute in W4A16.
 """
 
