@@ -11,7 +11,7 @@ from pathlib import Path
 from .dialects import Linear, read_contents
 from .folder import INDEX, PARTIAL, Checkpoint, Folder, read_checkpoint, sync_folder, write_json
 from .headers import CheckpointError
-from .linears import kind_of
+from .names import kind_of
 
 SCALES_FILE = "input-scales.safetensors"
 LISTED = 5

@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from . import linears as names
+from . import names
 from .dialects import GROUP_SIZE, Contents, Linear
 from .headers import BYTES_OF, CheckpointError, Tensor, elements
+from .layers import partner_of
 
 COPY, WIDEN, QUANTIZE, RELABEL = "copy", "widen", "quantize", "relabel"
 
@@ -133,7 +134,7 @@ def _jobs(contents: Contents, options: Options, keeps_fp8: bool) -> list[Job]:
             continue
         action = _action(linear, options, keeps_fp8)
         linears = [linear]
-        partner = contents.linears.get(names.partner_of(name) or "")
+        partner = contents.linears.get(partner_of(name) or "")
         if (
             partner is not None
             and not options.own_scales

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import linears as names
+from . import names
 from . import written_config as config
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import linears as names
+from . import names
 from .dialects import Contents, Linear, read_contents
 from .folder import Checkpoint, find_source, read_checkpoint
 from .headers import CheckpointError
@@ -84,11 +84,6 @@ def _formats_by_kind(contents: Contents) -> dict[str, set[str]]:
     return formats
 
 
-def _list(found: list[str]) -> str:
-    rest = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    return ", ".join(found[:LISTED]) + rest
-
-
 def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
     """Linears that config.json's model has and the files do not, the reverse, and those of another shape."""
     expected = {
@@ -110,7 +105,7 @@ def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
         ),
     ):
         if names_found:
-            listed = _list(sorted(names_found, key=names.natural_order))
+            listed = names.listed(sorted(names_found, key=names.natural_order), LISTED)
             problems.append(Problem(f"{len(names_found)} linears {what}: {listed}", remedy))
     return problems
 
@@ -160,7 +155,9 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
         name for name, linear in linears.items() if linear.format == "nvfp4" and linear.global_scale is None
     ]
     if no_scale:
-        problems.append(Problem(f"NVFP4 without weight_scale_2: {_list(no_scale)}", "export it again"))
+        problems.append(
+            Problem(f"NVFP4 without weight_scale_2: {names.listed(no_scale, LISTED)}", "export it again")
+        )
     for kind, found in sorted(formats.items()):
         if len(found) > 1 and "nvfp4" in found:
             others = " and ".join(sorted(DIALECTS[fmt] for fmt in found - {"nvfp4"}))
