@@ -214,10 +214,12 @@ def kind_of(linear: str) -> str:
 
 def natural_order(name: str) -> list:
     """Sort key under which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [
+        (int(part), "") if part.isdecimal() and len(part) < 10 else (-1, part) for part in name.split(".")
+    ]
 
 
 def listed(names: Iterable[str], most: int) -> str:
-    """`names` for a message, in their order, and how many there are beyond `most`."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    """`names` for a message, in natural order, and how many there are beyond `most`."""
+    ordered = sorted(names, key=natural_order)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
