@@ -26,13 +26,15 @@ def test_the_real_patched_vllm_serves(service: Service):
 @pytest.mark.parametrize("tool", ["convert", "calibrate", "compare", "inspect"])
 def test_checkpoints_are_made_in_the_image(service: Service, tool):
     help_text = service.execute(
-        f"/opt/cutedsl_nvfp4/scripts/{tool}_checkpoint{'s' * (tool == 'compare')}", "--help"
+        f"/opt/cutedsl_nvfp4/scripts/{tool}_checkpoint{'s' * (tool == 'compare')}.py", "--help"
     )
     assert help_text.startswith(f"usage: {tool}_checkpoint")
 
 
 def test_a_plan_is_made_in_the_image(service: Service):
-    assert "--max-model-len" in service.execute("/opt/cutedsl_nvfp4/scripts/plan_memory", "flash", "4xH200")
+    assert "--max-model-len" in service.execute(
+        "/opt/cutedsl_nvfp4/scripts/plan_memory.py", "flash", "4xH200"
+    )
 
 
 def test_labels_tell_what_was_built(service: Service):

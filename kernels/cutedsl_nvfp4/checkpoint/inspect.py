@@ -105,7 +105,7 @@ def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
         ),
     ):
         if names_found:
-            listed = names.listed(sorted(names_found, key=names.natural_order), LISTED)
+            listed = names.listed(names_found, LISTED)
             problems.append(Problem(f"{len(names_found)} linears {what}: {listed}", remedy))
     return problems
 
@@ -135,7 +135,7 @@ def _config_problems(config: dict, formats: dict[str, set[str]]) -> list[Problem
             problems.append(
                 Problem(
                     f"quant_method is modelopt and some linears are {' and '.join(DIALECTS[f] for f in foreign)}",
-                    "convert_checkpoint makes all of it NVFP4",
+                    "scripts/convert_checkpoint.py makes all of it NVFP4",
                 )
             )
     return problems
@@ -164,7 +164,8 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
             problems.append(
                 Problem(
                     f"{kind}: some linears are NVFP4, others {others}",
-                    f"list the others under quantization_config.ignore, or convert_checkpoint --quantize …,{kind}",
+                    f"list the others under quantization_config.ignore, or scripts/convert_checkpoint.py --quantize "
+                    f"…,{kind}",
                 )
             )
     problems += _config_problems(config, formats)
@@ -220,7 +221,7 @@ def inspect(location: str, revision: str | None = None) -> Report:
     serving = describe_serving(contents)
     if any("self_attn" in name or ".mlp." in name for name in checkpoint.tensors):
         serving.append(
-            "names: transformers'; the server reads them as DeepSeek's, convert_checkpoint writes DeepSeek's"
+            "names: transformers'; the server reads them as DeepSeek's, scripts/convert_checkpoint.py writes DeepSeek's"
         )
     return Report(source.label, count_bytes(contents), serving, problems)
 
