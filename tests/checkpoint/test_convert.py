@@ -28,7 +28,7 @@ from cutedsl_nvfp4.checkpoint.config import native_config
 from cutedsl_nvfp4.checkpoint.conversion import Options
 from cutedsl_nvfp4.checkpoint.convert import convert
 from cutedsl_nvfp4.checkpoint.headers import CheckpointError
-from cutedsl_nvfp4.checkpoint.linears import KINDS
+from cutedsl_nvfp4.checkpoint.names import KINDS
 from cutedsl_nvfp4.checkpoint.written_config import modelopt_config
 from recipe import export
 from tests.serving import test_dialects

@@ -1,6 +1,7 @@
-"""checkpoint_files.py: whatever is wrong with files, index, dtypes or shapes is an error that names it."""
+"""checkpoint/files.py: whatever is wrong with files, index, dtypes or shapes is an error that names it."""
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cutedsl_nvfp4.checkpoint.files import (
@@ -19,6 +21,7 @@ from cutedsl_nvfp4.checkpoint.files import (
     read_header,
     read_index,
 )
+from cutedsl_nvfp4.checkpoint.headers import BITS_OF
 
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LAYER = "layers.0.attn.wq_b"
@@ -64,6 +67,31 @@ def refused(file: Path, content: bytes) -> str:
     message = str(error.value)
     assert str(file) in message and "download it again" in message
     return message
+
+
+@pytest.mark.parametrize("dtype", BITS_OF)
+def test_every_dtype_of_the_library_is_read_as_the_library_reads_it(tmp_path, dtype):
+    file = tmp_path / "dtype.safetensors"
+    entry = {"dtype": dtype, "shape": [2, 8], "data_offsets": [0, 2 * BITS_OF[dtype]]}
+    file.write_bytes(with_header({"a": entry}, bytes(2 * BITS_OF[dtype])))
+    with safe_open(file, "pt") as library:
+        assert library.get_slice("a").get_dtype() == dtype and library.get_slice("a").get_shape() == [2, 8]
+    assert [(tensor.dtype, tensor.shape) for tensor in read_header(file).values()] == [(dtype, (2, 8))]
+
+
+def test_a_dtype_that_the_library_lacks(tmp_path):
+    """Its message lists what it knows; so does ours, and neither list is longer."""
+    file = tmp_path / "dtype.safetensors"
+    message = refused(file, with_header({"a": {"dtype": "F99", "shape": [], "data_offsets": [0, 0]}}))
+    with pytest.raises(SafetensorError) as error, safe_open(file, "pt"):
+        pass
+    known = set(re.findall(r"`([A-Z]+\d*\w*)`", str(error.value))) - {"F99"}
+    assert known == set(BITS_OF) and "known are F4, " in message
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_file(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert "`git lfs pull`" in refused(tmp_path / "pointer.safetensors", pointer)
 
 
 def test_names_dtypes_and_shapes(two_shards):

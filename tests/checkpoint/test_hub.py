@@ -15,7 +15,7 @@ from cutedsl_nvfp4.checkpoint.conversion import Options
 from cutedsl_nvfp4.checkpoint.convert import convert
 from cutedsl_nvfp4.checkpoint.hub import BLOCK_BYTES
 from tests.support.checkpoints import small
-from tests.support.paths import ROOT
+from tests.support.paths import SCRIPTS
 from tests.support.servers.hub import Hub
 from tests.support.servers.vllm import free_port
 
@@ -63,7 +63,7 @@ class Machine:
     def start(self, script: str, *arguments: object, **variables: str) -> subprocess.Popen:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         env = clean | {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home)} | variables
-        command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+        command = [sys.executable, str(SCRIPTS / f"{script}.py"), *map(str, arguments)]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:

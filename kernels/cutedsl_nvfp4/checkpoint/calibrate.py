@@ -11,7 +11,7 @@ from pathlib import Path
 from .dialects import Linear, read_contents
 from .folder import INDEX, PARTIAL, Checkpoint, Folder, read_checkpoint, sync_folder, write_json
 from .headers import CheckpointError
-from .linears import kind_of
+from .names import kind_of
 
 SCALES_FILE = "input-scales.safetensors"
 LISTED = 5
@@ -35,7 +35,8 @@ def linears_to_calibrate(checkpoint: Checkpoint) -> dict[str, Linear]:
     nvfp4 = {name: linear for name, linear in contents.linears.items() if linear.format == "nvfp4"}
     if any(linear.divisors or f"{name}.weight" not in checkpoint.tensors for name, linear in nvfp4.items()):
         raise CheckpointError(
-            "the checkpoint has transformers' or compressed-tensors' names; convert it first (convert_checkpoint)"
+            "the checkpoint has transformers' or compressed-tensors' names; convert it first "
+            "(scripts/convert_checkpoint.py)"
         )
     found = {
         name: linear
@@ -46,7 +47,7 @@ def linears_to_calibrate(checkpoint: Checkpoint) -> dict[str, Linear]:
         raise CheckpointError(
             "every NVFP4 linear has an input_scale from the export; nothing to calibrate"
             if nvfp4
-            else "the checkpoint has no NVFP4 linear; convert it first (convert_checkpoint)"
+            else "the checkpoint has no NVFP4 linear; convert it first (scripts/convert_checkpoint.py)"
         )
     return found
 
@@ -150,7 +151,9 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="calibrate_checkpoint",
         description="Measure NVFP4 activation scales on texts and write them as input_scale; see docs/convert.md.",
     )
-    parser.add_argument("folder", metavar="DIR", help="all-NVFP4 checkpoint, as convert_checkpoint writes it")
+    parser.add_argument(
+        "folder", metavar="DIR", help="all-NVFP4 checkpoint, as scripts/convert_checkpoint.py writes it"
+    )
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files of ordinary text")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a request (default: %(default)s)")
     parser.add_argument(

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import linears as names
-from . import quantize
+from . import names, quantize
 from .dialects import Contents, Linear, read_contents
 from .disk import check_disks
 from .folder import Folder, find_source, read_checkpoint

@@ -8,6 +8,8 @@
 Names that mean the same everywhere change in names.py; what depends on the tensor, here, as vLLM reads it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from typing import Any
 

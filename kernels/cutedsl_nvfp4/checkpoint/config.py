@@ -2,8 +2,10 @@
 
 Every value comes from the file itself. What the file does not say is refused with the name of the missing
 field; what was translated is logged, once. Imports no vLLM, because the patched modules import this one, and
-torch only for compressed-tensors: scripts/checkpoint/ reads configs by the same rules, with Python 3.9 alone.
+torch only for compressed-tensors: the programs in scripts/ read configs by the same rules, with Python 3.9 alone.
 """
+
+from __future__ import annotations
 
 import logging
 from typing import Any

@@ -6,9 +6,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from . import linears as names
+from . import names
 from .dialects import GROUP_SIZE, Contents, Linear
-from .headers import BYTES_OF, CheckpointError, Tensor, elements
+from .headers import BITS_OF, CheckpointError, Tensor, bytes_of
+from .layers import partner_of
 
 COPY, WIDEN, QUANTIZE, RELABEL = "copy", "widen", "quantize", "relabel"
 
@@ -34,7 +35,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return elements(self.shape) * BYTES_OF[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _jobs(contents: Contents, options: Options, keeps_fp8: bool) -> list[Job]:
             continue
         action = _action(linear, options, keeps_fp8)
         linears = [linear]
-        partner = contents.linears.get(names.partner_of(name) or "")
+        partner = contents.linears.get(partner_of(name) or "")
         if (
             partner is not None
             and not options.own_scales
@@ -152,7 +153,7 @@ def _jobs(contents: Contents, options: Options, keeps_fp8: bool) -> list[Job]:
 def _shard(file: str, jobs: list[Job]) -> Shard:
     """Lay the tensors out as the safetensors library does: widest dtype first, then by name."""
     outputs = sorted(
-        (output for job in jobs for output in job.outputs), key=lambda o: (-BYTES_OF[o.dtype], o.name)
+        (output for job in jobs for output in job.outputs), key=lambda o: (-BITS_OF[o.dtype], o.name)
     )
     header: dict = {"__metadata__": {"format": "pt"}}
     begins, position = {}, 0

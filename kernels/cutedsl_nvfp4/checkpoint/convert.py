@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from . import linears as names
+from . import names
 from . import written_config as config
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
-from .disk import Use, check_disks, human
+from .disk import Use, check_disks, format_bytes
 from .folder import (
     COMPANIONS,
     CONFIG,
@@ -65,7 +65,7 @@ class Progress:
         rate = done / max(now - self.started, 1e-6)
         left = (self.total - self.already - done) / rate if rate else math.inf
         eta = "" if last or not math.isfinite(left) else f", {int(left // 60)} min {int(left % 60)} s left"
-        line = f"{human(self.already + done)} of {human(self.total)} read, {rate / 1e6:.0f} MB/s{eta}"
+        line = f"{format_bytes(self.already + done)} of {format_bytes(self.total)} read, {rate / 1e6:.0f} MB/s{eta}"
         end = "\n" if last or not sys.stderr.isatty() else ""
         print(("\r\033[K" if sys.stderr.isatty() else "") + line, end=end, file=sys.stderr, flush=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from . import linears as names
+from . import names
 from .headers import CheckpointError, Tensor
 
 GROUP_SIZE = 16
@@ -151,7 +151,7 @@ def read_contents(tensors: dict[str, Tensor], num_layers: int) -> Contents:
             for linear, part in unstacked.items():
                 put(leaves[linear], "weight", part, linear)
         else:
-            native, leaf = names.native_name(name)
+            native, leaf = names.identify(name)
             if leaf:
                 put(leaves[native], leaf, tensor, name)
             else:

@@ -10,7 +10,8 @@ from pathlib import Path
 from .headers import CheckpointError
 
 
-def human(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """`count` bytes for a message: 1.5 GB, 20.0 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -35,9 +36,9 @@ def check_disks(uses: list[Use]) -> None:
         free, needed = shutil.disk_usage(folder).free, sum(use.nbytes for _, use in found)
         if free < needed:
             each = " and ".join(
-                f"{use.what} needs {human(use.nbytes)} more" for _, use in found if use.nbytes
+                f"{use.what} needs {format_bytes(use.nbytes)} more" for _, use in found if use.nbytes
             )
             remedies = ", or ".join(use.remedy for _, use in found if use.nbytes)
             raise CheckpointError(
-                f"{folder} has {human(free)} free, {each}: free {human(needed - free)}, or {remedies}"
+                f"{folder} has {format_bytes(free)} free, {each}: free {format_bytes(needed - free)}, or {remedies}"
             )

@@ -1,28 +1,31 @@
 """A checkpoint's safetensors files and index, checked from headers alone before any tensor is read.
 
-safetensors itself checks a file: the header's length and JSON, that tensors fill the file without gaps, that
-shapes fit their bytes. It does not name the file. Nothing compares files with the index, or dtypes and shapes
-with what the model needs: vLLM casts what it finds, and some of its loaders fill a parameter in part. Flipped
-bits inside a tensor's data are out of reach here.
+headers.py checks a file: the header's length and JSON, that tensors fill the file without gaps, that shapes fit
+their bytes. vLLM compares neither files with the index, nor dtypes and shapes with what the model needs: it casts
+what it finds, and some of its loaders fill a parameter in part. Flipped bits inside a tensor's data are out of
+reach here.
 """
 
-import json
+from __future__ import annotations
+
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..format import GROUP_SIZE
+from . import headers
+from .folder import INDEX
+from .headers import AGAIN
+from .names import listed
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
-AGAIN = "download it again if it is incomplete, or export the checkpoint again"
 LISTED = 5  # names shown in an error
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -52,37 +55,16 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def _list(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    """JSON object -> dict; ValueError for a key that occurs twice, where json would keep the last."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return made
-
-
 def read_header(file: str | Path) -> dict[str, StoredTensor]:
     """Tensors of one safetensors `file` by name. Raises ValueError naming the file if it is not a whole one."""
     file = Path(file)
     try:
-        with safe_open(file, "pt"), open(file, "rb") as handle:
-            size = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(size), object_pairs_hook=_unique)
-    except (SafetensorError, OSError, ValueError) as error:
-        length = f"{file.stat().st_size:,} bytes" if file.is_file() else "not a file"
-        raise ValueError(
-            f"{file} ({length}) is not a whole safetensors file: {error}; {AGAIN}. A file of about 130 bytes is a "
-            f"Git LFS pointer: fetch it with `git lfs pull`"
-        ) from error
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(file, tensor["dtype"], tuple(tensor["shape"])) for name, tensor in header.items()
-    }
+        with file.open("rb") as handle:
+            tensors = headers.read_header(handle, os.fstat(handle.fileno()).st_size, str(file))
+    except OSError as error:
+        size = f"{file.stat().st_size:,} bytes" if file.is_file() else "not a file"
+        raise headers.not_whole(str(file), size, error) from error
+    return {name: StoredTensor(file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def read_index(file: str | Path) -> dict[str, str]:
@@ -93,10 +75,10 @@ def read_index(file: str | Path) -> dict[str, str]:
     """
     file = Path(file)
     try:
-        index = json.loads(file.read_bytes(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, a key that occurs twice, nesting
-        raise ValueError(f"{file} is not a readable index: {error}; {AGAIN}") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        index = headers.json_object(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not a readable index: it {error}; {AGAIN}") from error
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{file} has no weight_map of tensors to files; {AGAIN}")
     for name, target in weight_map.items():
@@ -112,7 +94,7 @@ def read_index(file: str | Path) -> dict[str, str]:
     missing = {target for target in weight_map.values() if not (file.parent / target).is_file()}
     if missing:
         raise ValueError(
-            f"{file} names {len(missing)} files that are not in its folder: {_list(missing)}; the download is "
+            f"{file} names {len(missing)} files that are not in its folder: {listed(missing, LISTED)}; the download is "
             f"incomplete, or the index belongs to another checkpoint"
         )
     return weight_map
@@ -125,7 +107,7 @@ def _check_index(file: Path, tensors: dict[str, StoredTensor]) -> None:
     if absent:
         name = min(absent)
         raise ValueError(
-            f"{file} lists {len(absent)} tensors that no file has: {_list(absent)} ({name} should be in "
+            f"{file} lists {len(absent)} tensors that no file has: {listed(absent, LISTED)} ({name} should be in "
             f"{weight_map[name]}); {AGAIN}"
         )
     for name, target in sorted(weight_map.items()):
@@ -138,7 +120,7 @@ def _check_index(file: Path, tensors: dict[str, StoredTensor]) -> None:
     if unlisted:
         logger.warning(
             "%s does not list %d tensors of its files; they are read all the same: %s",
-            file, len(unlisted), _list(unlisted),
+            file, len(unlisted), listed(unlisted, LISTED),
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from .disk import Use, human
+from .disk import Use, format_bytes
 from .headers import CheckpointError
 
 # what HTTP clients call it, old and new
@@ -126,7 +126,7 @@ class Hub:
         if missing:
             print(
                 f"downloading {self.label} at commit {self.commit[:12]}: {len(missing)} of {len(files)} files, "
-                f"{human(sum(missing.values()))}, into {self.own_cache}",
+                f"{format_bytes(sum(missing.values()))}, into {self.own_cache}",
                 file=sys.stderr,
             )
         patterns = [glob.escape(file) for file in files]
@@ -143,7 +143,7 @@ class Hub:
         return set(self.own_cache.glob("blobs/*.incomplete"))
 
     def _clean_up(self, parts: set[Path]) -> str:
-        nbytes = human(sum(path.stat().st_size for path in parts))
+        nbytes = format_bytes(sum(path.stat().st_size for path in parts))
         return (
             f"unless another download of {self.label} is running, delete the {nbytes} that killed ones left behind: "
             f"rm {self.own_cache}/blobs/*.incomplete"

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from . import linears as names
+from . import names
 from .dialects import Contents, Linear, read_contents
 from .folder import Checkpoint, find_source, read_checkpoint
 from .headers import CheckpointError
@@ -84,11 +84,6 @@ def _formats_by_kind(contents: Contents) -> dict[str, set[str]]:
     return formats
 
 
-def _list(found: list[str]) -> str:
-    rest = f" and {len(found) - LISTED} more" if len(found) > LISTED else ""
-    return ", ".join(found[:LISTED]) + rest
-
-
 def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
     """Linears that config.json's model has and the files do not, the reverse, and those of another shape."""
     expected = {
@@ -110,7 +105,7 @@ def _shape_problems(config: dict, linears: dict[str, Linear]) -> list[Problem]:
         ),
     ):
         if names_found:
-            listed = _list(sorted(names_found, key=names.natural_order))
+            listed = names.listed(names_found, LISTED)
             problems.append(Problem(f"{len(names_found)} linears {what}: {listed}", remedy))
     return problems
 
@@ -140,7 +135,7 @@ def _config_problems(config: dict, formats: dict[str, set[str]]) -> list[Problem
             problems.append(
                 Problem(
                     f"quant_method is modelopt and some linears are {' and '.join(DIALECTS[f] for f in foreign)}",
-                    "convert_checkpoint makes all of it NVFP4",
+                    "scripts/convert_checkpoint.py makes all of it NVFP4",
                 )
             )
     return problems
@@ -160,14 +155,17 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
         name for name, linear in linears.items() if linear.format == "nvfp4" and linear.global_scale is None
     ]
     if no_scale:
-        problems.append(Problem(f"NVFP4 without weight_scale_2: {_list(no_scale)}", "export it again"))
+        problems.append(
+            Problem(f"NVFP4 without weight_scale_2: {names.listed(no_scale, LISTED)}", "export it again")
+        )
     for kind, found in sorted(formats.items()):
         if len(found) > 1 and "nvfp4" in found:
             others = " and ".join(sorted(DIALECTS[fmt] for fmt in found - {"nvfp4"}))
             problems.append(
                 Problem(
                     f"{kind}: some linears are NVFP4, others {others}",
-                    f"list the others under quantization_config.ignore, or convert_checkpoint --quantize …,{kind}",
+                    f"list the others under quantization_config.ignore, or scripts/convert_checkpoint.py --quantize "
+                    f"…,{kind}",
                 )
             )
     problems += _config_problems(config, formats)
@@ -223,7 +221,7 @@ def inspect(location: str, revision: str | None = None) -> Report:
     serving = describe_serving(contents)
     if any("self_attn" in name or ".mlp." in name for name in checkpoint.tensors):
         serving.append(
-            "names: transformers'; the server reads them as DeepSeek's, convert_checkpoint writes DeepSeek's"
+            "names: transformers'; the server reads them as DeepSeek's, scripts/convert_checkpoint.py writes DeepSeek's"
         )
     return Report(source.label, count_bytes(contents), serving, problems)
 

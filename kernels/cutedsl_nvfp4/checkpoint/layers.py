@@ -4,13 +4,15 @@ A config's lists are wildcards or regular expressions over module names in DeepS
 or over the names of the layers vLLM fuses. They are resolved here, layer by layer, into explicit lists.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .names import native_name, transformers_paths
+from .names import linears_of, native_name, transformers_paths
 
 # A fused layer of vLLM, and DeepSeek's names of its segments.
 FUSED = {
@@ -18,15 +20,8 @@ FUSED = {
     "compressor.fused_wkv_wgate": ("compressor.wkv", "compressor.wgate"),
     "shared_experts.gate_up_proj": ("shared_experts.w1", "shared_experts.w3"),
 }
-_ATTENTION = ("attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b")
-_COMPRESSOR = ("attn.compressor.wkv", "attn.compressor.wgate")
-_INDEXER = (
-    "attn.indexer.wq_b",
-    "attn.indexer.weights_proj",
-    "attn.indexer.compressor.wkv",
-    "attn.indexer.compressor.wgate",
-)
-_SHARED = ("ffn.shared_experts.w1", "ffn.shared_experts.w2", "ffn.shared_experts.w3")
+# vLLM's layers that bear another name than DeepSeek's linears in them
+_SERVED = {**FUSED, "shared_experts.down_proj": ("shared_experts.w2",)}
 EXPERTS = "ffn.experts"
 INDEXER_RATIO = 4
 
@@ -79,13 +74,37 @@ class Layer:
         )
 
 
-def _aliases(number: int, path: str) -> frozenset[str]:
-    paths = {path, *transformers_paths(path)}
+def _fused(linear: str) -> tuple[str, list[str]] | None:
+    """DeepSeek's name of a linear -> vLLM's of the fused layer it is in, and DeepSeek's of the segments."""
     for fused, segments in FUSED.items():
         for segment in segments:
-            if path.endswith(segment):
-                with_fused = path.removesuffix(segment) + fused
-                paths |= {with_fused, with_fused.replace("attn.", "self_attn.", 1).replace("ffn.", "mlp.", 1)}
+            if linear.endswith(f".{segment}") or linear == segment:
+                prefix = linear.removesuffix(segment)
+                return prefix + fused, [prefix + other for other in segments]
+    return None
+
+
+def partner_of(linear: str) -> str | None:
+    """The linear that vLLM runs as one matrix with `linear`; of routed experts too, which FUSED does not list."""
+    if f".{EXPERTS}." in linear:
+        other = {"w1": "w3", "w3": "w1"}.get(linear[-2:])
+        return linear[:-2] + other if other else None
+    fused = _fused(linear)
+    return next(segment for segment in fused[1] if segment != linear) if fused else None
+
+
+def linears_in(layer: str) -> list[str]:
+    """vLLM's name of a layer, below its model -> DeepSeek's names of the linears in it; not of routed experts."""
+    for served, segments in _SERVED.items():
+        if layer.endswith(f".{served}"):
+            return [layer.removesuffix(served) + segment for segment in segments]
+    return [layer]
+
+
+def _aliases(number: int, path: str) -> frozenset[str]:
+    paths = {path, *transformers_paths(path)}
+    if fused := _fused(path):
+        paths |= {fused[0], fused[0].replace("attn.", "self_attn.", 1).replace("ffn.", "mlp.", 1)}
     return frozenset(f"{prefix}layers.{number}.{path}" for path in paths for prefix in ("", "model."))
 
 
@@ -93,9 +112,9 @@ def quantizable(config: Any) -> Iterator[Layer]:
     """Every linear layer that NVFP4 checkpoints quantize, in DeepSeek's order; `config` as vLLM has it."""
     for number in range(config.num_hidden_layers):
         ratio = config.compress_ratios[number]
-        paths = _ATTENTION + _SHARED
-        paths += _COMPRESSOR if ratio else ()
-        paths += _INDEXER if ratio == INDEXER_RATIO else ()
+        paths = linears_of("attention") + linears_of("shared")
+        paths += linears_of("compressor") if ratio else ()
+        paths += linears_of("indexer") if ratio == INDEXER_RATIO else ()
         for path in paths:
             yield Layer(f"layers.{number}.{path}", (_aliases(number, path),))
         # the first and the last expert stand for all: the coverage check looks at every tensor

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .config import native_fields
 from .headers import CheckpointError
-from .linears import KINDS
+from .names import KINDS, linears_of
 
 # vLLM's layer names of each kind, and DeepSeek's names of the linears in it (other engines match those)
 _LAYERS = {
-    "attention": ("attn.fused_wqa_wkv", "attn.wq_a", "attn.wkv", "attn.wq_b", "attn.wo_a", "attn.wo_b"),
+    "attention": ("attn.fused_wqa_wkv", *linears_of("attention")),
     "compressor": ("attn.compressor.*",),
     "indexer": ("attn.indexer.*",),
     "shared": ("ffn.shared_experts.*",),

@@ -6,16 +6,13 @@ CUTEDSL_NVFP4_ACTIVATION_SCALE=warmup and CUTEDSL_NVFP4_IMPL=reference; while it
 
 import re
 
-from ..checkpoint.layers import EXPERTS, FUSED
+from ..checkpoint.layers import EXPERTS, linears_in
 from ..checkpoint.names import native_name
 from ..format import AMAX_PER_GLOBAL_SCALE
 from .backend import W2_INPUT
 from .warmup import fold_in_twins, static_layers
 
 START_METHOD, STOP_METHOD = "cutedsl_nvfp4_start_calibration", "cutedsl_nvfp4_stop_calibration"
-
-# vLLM's layers that bear another name than the checkpoint's linears
-_SEGMENTS = {**FUSED, "shared_experts.down_proj": ("shared_experts.w2",)}
 
 
 def start_calibration(worker) -> None:
@@ -41,12 +38,7 @@ def stop_calibration(worker) -> dict[str, float]:
                 prefix = f"{layer}.{EXPERTS}.{expert}"
                 found |= {f"{prefix}.w1": reached, f"{prefix}.w2": w2, f"{prefix}.w3": reached}
             continue
-        for served, segments in _SEGMENTS.items():
-            if name.endswith(served):
-                found |= {name.removesuffix(served) + segment: seen[0][0] for segment in segments}
-                break
-        else:
-            found[name] = seen[0][0]
+        found |= dict.fromkeys(linears_in(name), seen[0][0])
     return found
 
 

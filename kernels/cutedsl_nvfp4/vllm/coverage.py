@@ -7,12 +7,12 @@ cannot be told from others by value.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 
 from torch.nn import Module, Parameter
 
 from ..checkpoint.files import check_whole_parameters, read_checkpoint
 from ..checkpoint.layers import FUSED
+from ..checkpoint.names import listed
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 # Experts of other ranks are not among the latter: by name they have a place on every rank.
@@ -55,13 +55,6 @@ def _segments(parameter: str, num_experts: int) -> set[str]:
     return {""}
 
 
-def _list(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:LISTED]) + (
-        f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
-    )
-
-
 def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: int, is_elsewhere) -> None:
     """Raise ValueError listing checkpoint tensors without a place and parameters without their tensors.
 
@@ -99,11 +92,11 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
     if missing:
         problems.append(
             f"{len(missing)} parameters would stay unwritten because the checkpoint lacks their tensors: "
-            f"{_list(missing)}"
+            f"{listed(missing, LISTED)}"
         )
     if unplaced:
         problems.append(
-            f"{len(unplaced)} tensors of the checkpoint have no place in the model: {_list(unplaced)}"
+            f"{len(unplaced)} tensors of the checkpoint have no place in the model: {listed(unplaced, LISTED)}"
         )
     unlisted = {
         name.removesuffix(".weight")
@@ -112,10 +105,14 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
         and segment not in filled[f"{parameter}_scale"] | filled[f"{parameter}_scale_2"]
     }
     if unlisted:
-        remedies.append(f"add to quantization_config.ignore what is stored unquantized: {_list(unlisted)}")
-    listed = {name.removesuffix(".weight_scale") for name in unplaced if name.endswith(".weight_scale")}
-    if listed:
-        remedies.append(f"take off quantization_config.ignore what is stored quantized: {_list(listed)}")
+        remedies.append(
+            f"add to quantization_config.ignore what is stored unquantized: {listed(unlisted, LISTED)}"
+        )
+    stored = {name.removesuffix(".weight_scale") for name in unplaced if name.endswith(".weight_scale")}
+    if stored:
+        remedies.append(
+            f"take off quantization_config.ignore what is stored quantized: {listed(stored, LISTED)}"
+        )
     if problems:
         raise ValueError(
             f"the checkpoint and the model do not fit. {'; '.join(problems)}. What to do: {'; '.join(remedies)}"

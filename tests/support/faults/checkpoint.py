@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 
+# The segments that vLLM fuses: an oracle, written apart from the library's own table (checkpoint/layers.py).
 FUSED_SEGMENTS = (
     (r"(attn)\.(wq_a|wkv)$", r"\1.fused_wqa_wkv"),
     (r"(compressor)\.(wkv|wgate)$", r"\1.fused_wkv_wgate"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import linears as names
+from .. import names
 from ..dialects import Contents
 from ..headers import CheckpointError
 from ..written_config import native_config
