@@ -22,7 +22,7 @@ from .cluster import address_in_cluster, store_word_in_cluster
 from .ptx import smem_address
 
 MAX_EXPERTS = 1024  # local ones: one thread of Route each
-ROUTE_THREADS = 1024
+ROUTE_THREADS = MAX_EXPERTS
 COMBINE_THREADS = 256
 VECTOR = 8  # bf16 in 16 bytes
 
@@ -69,11 +69,11 @@ class Route:
     @cute.jit
     def start(
         self,
-        mIds: cute.Tensor,
-        mMap: cute.Tensor,
-        mPairs: cute.Tensor,
-        mPlaces: cute.Tensor | None,
-        mTable: cute.Tensor,
+        mIds: cute.Tensor,  # int32 [M * T]
+        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mPairs: cute.Tensor,  # int32 [M * T], of SlotRoute [tiles * tokens]
+        mPlaces: cute.Tensor | None,  # int32 [M * T], of SlotRoute only
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
         experts: Int32,
         tokens: Int32,
@@ -82,9 +82,9 @@ class Route:
     ):
         @cute.struct
         class Shared:
-            counts: cute.struct.MemRange[Int32, MAX_EXPERTS]
-            told: cute.struct.MemRange[Int32, MAX_EXPERTS * self.ctas if self.ctas > 1 else 1]
-            sums: cute.struct.MemRange[Int32, 64]
+            counts: cute.struct.MemRange[Int32, MAX_EXPERTS]  # pairs of an expert, then its next free slot
+            told: cute.struct.MemRange[Int32, MAX_EXPERTS * self.ctas if self.ctas > 1 else 1]  # by members
+            sums: cute.struct.MemRange[Int32, 64]  # of each warp's experts: 32 of slots, 32 of tiles
 
         self.shared = Shared
         self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, step).launch(
@@ -98,16 +98,17 @@ class Route:
     @cute.kernel
     def kernel(
         self,
-        mIds: cute.Tensor,
-        mMap: cute.Tensor,
-        mPairs: cute.Tensor,
-        mPlaces: cute.Tensor | None,
-        mTable: cute.Tensor,
+        mIds: cute.Tensor,  # int32 [M * T]
+        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mPairs: cute.Tensor,  # int32 [M * T], of SlotRoute [tiles * tokens]
+        mPlaces: cute.Tensor | None,  # int32 [M * T], of SlotRoute only
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
         experts: Int32,
         tokens: Int32,
         step: Int32,
     ):
+        # The next kernel may start now: it waits for the whole of this one before it reads the table.
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         lane = thread % 32
@@ -120,25 +121,31 @@ class Route:
         rank, _, _ = cute.arch.block_idx()
         first_pair, last_pair = rank * pairs // self.ctas, (rank + 1) * pairs // self.ctas
 
+        # Count the pairs of each expert
         sCounts[thread] = Int32(0)
         if cutlass.const_expr(self.ctas > 1):
-            cute.arch.cluster_arrive_relaxed()
-        cute.arch.sync_threads()
+            cute.arch.cluster_arrive_relaxed()  # this member is there; nothing is published yet
+        cute.arch.sync_threads()  # all counts are zero before anyone adds
+        # The ids may be the previous kernel's, which may also still read what this one overwrites.
         cute.arch.griddepcontrol_wait()
         for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
             expert = local_expert(mIds, mMap, pair, has_map, experts)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # all pairs are counted: a relaxed atomic orders nothing by itself
 
+        # Exchange the counts between members: from here on thread e stands for expert e
         count = sCounts[thread]
         before = Int32(0)  # pairs of this thread's expert in members of lower rank
         if cutlass.const_expr(self.ctas > 1):
             sTold = storage.told.get_tensor(cute.make_layout((MAX_EXPERTS, self.ctas)))
             own = smem_address(storage.told.data_ptr()) + (rank * MAX_EXPERTS + thread) * 4
-            cute.arch.cluster_wait()  # every member is there
+            # Every member is there: shared memory of a CTA that has not started may not be written.
+            cute.arch.cluster_wait()
             for member in cutlass.range_constexpr(self.ctas):
                 store_word_in_cluster(address_in_cluster(own, Int32(member)), count)
+            # Every member's counts have arrived (release, then acquire). Nobody writes to another one after
+            # this, so that a member may exit before the others.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
             count = Int32(0)
@@ -150,7 +157,7 @@ class Route:
         # Inclusive sums over experts of slots and of tiles: within warps, then over warps.
         tiles = cute.ceil_div(count, tokens)
         slots_sum, tiles_sum = count, tiles
-        for i in cutlass.range_constexpr(5):
+        for i in cutlass.range_constexpr(5):  # 2^5 lanes
             slots_below = cute.arch.shuffle_sync_up(slots_sum, 1 << i)
             tiles_below = cute.arch.shuffle_sync_up(tiles_sum, 1 << i)
             if lane >= 1 << i:
@@ -159,8 +166,8 @@ class Route:
         if lane == 31:
             sSums[warp] = slots_sum
             sSums[32 + warp] = tiles_sum
-        cute.arch.sync_threads()
-        for w in cutlass.range_constexpr(31):
+        cute.arch.sync_threads()  # the sums of all 32 warps are there; every count has been read
+        for w in cutlass.range_constexpr(31):  # the last warp has 31 before it
             if w < warp:
                 slots_sum += sSums[w]
                 tiles_sum += sSums[32 + w]
@@ -168,11 +175,12 @@ class Route:
         if cutlass.const_expr(mPlaces is not None):
             first = (tiles_sum - tiles) * tokens
         sCounts[thread] = first + before
-        if thread == ROUTE_THREADS - 1 and rank == 0:
+        if thread == ROUTE_THREADS - 1 and rank == 0:  # the last inclusive sum is the total
             mTable[0, 0] = tiles_sum
             mTable[0, 1] = slots_sum
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # every expert's first slot is there before anyone takes one
 
+        # Scatter: each pair takes the next slot of its expert
         for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
             expert = local_expert(mIds, mMap, pair, has_map, experts)
             if expert >= 0:
@@ -183,6 +191,7 @@ class Route:
             else:
                 if cutlass.const_expr(mPlaces is not None):
                     mPlaces[pair] = Int32(-1)
+        # Describe the tiles of this thread's expert, every `ctas`-th one by each member
         row = 1 + tiles_sum - tiles
         steps = cute.ceil_div(count, step)
         for i in cutlass.range(rank, tiles, self.ctas, unroll=1):
@@ -240,14 +249,15 @@ class Combine:
     @cute.kernel
     def kernel(
         self,
-        mY: cute.Tensor,
-        mIds: cute.Tensor,
-        mMap: cute.Tensor,
-        mWeights: cute.Tensor,
-        mOut: cute.Tensor,
+        mY: cute.Tensor,  # bf16 [M * T, H]
+        mIds: cute.Tensor,  # int32 [M * T]
+        mMap: cute.Tensor,  # int32 [global experts]
+        mWeights: cute.Tensor,  # f32 [M * T]
+        mOut: cute.Tensor,  # bf16 or f32 [M, H]
         has_map: Int32,
         experts: Int32,
     ):
+        # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         bid, _, _ = cute.arch.block_idx()
@@ -256,11 +266,13 @@ class Combine:
         parts = cute.ceil_div(vectors, COMBINE_THREADS)
         m = bid // parts
         vector = bid % parts * COMBINE_THREADS + thread
+        # Read ids and weights without waiting: they were complete when the routing read the ids
         local = cute.make_rmem_tensor(self.topk, Int32)
         weight = cute.make_rmem_tensor(self.topk, Float32)
         for t in cutlass.range_constexpr(self.topk):
             local[t] = local_expert(mIds, mMap, m * self.topk + t, has_map, experts)
             weight[t] = mWeights[m * self.topk + t]
+        # Wait for w2, which wrote `mY`
         cute.arch.griddepcontrol_wait()
         if vector < vectors:
             pieces = cute.make_rmem_tensor((4, self.topk), Uint32)
@@ -271,6 +283,7 @@ class Combine:
                     source = cute.recast_ptr(source.align(16), dtype=Uint32)
                     cute.autovec_copy(cute.make_tensor(source, cute.make_layout(4)), pieces[None, t])
             values = cute.recast_tensor(pieces, BFloat16)
+            # Add in ascending t, whatever slots the pairs had: the sum is the same in every run
             total = cute.make_rmem_tensor(VECTOR, Float32)
             total.fill(0.0)
             for t in cutlass.range_constexpr(self.topk):

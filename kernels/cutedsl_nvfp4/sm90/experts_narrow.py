@@ -1,4 +1,4 @@
-"""NVFP4 W4A16 expert products for few tokens an expert on Hopper: narrow.py, with tokens gathered by slot.
+"""NVFP4 W4A16 expert products for few tokens an expert on Hopper: linear_narrow.py, with tokens gathered by slot.
 
     w13  h[slot] = swiglu(w1 @ x[m], w3 @ x[m])       m = pairs[slot] // T, w1 and w3 of the slot's expert
     w2   y[pairs[slot]] = w2 @ h[slot]
@@ -8,8 +8,8 @@
     codes      [E, P, KB, 256]      int64      sm90/layout.py, w13 interleaved by interleave_gate_up
     scales     [E, P, KB, 64]       int32      sm90/layout.py
     row_scale  [E, 2I], [E, H]      f32        w13: gate rows first
-    pairs      [M * T]              int32      sm90/routing.py
-    table      [1 + tiles, 4]       int32      sm90/routing.py
+    pairs      [M * T]              int32      device/routing.py
+    table      [1 + tiles, 4]       int32      device/routing.py
     out        [slots, I], [M*T, H] bf16       row-major
 
 Differences from NarrowLinearKernel
@@ -50,13 +50,13 @@ class NarrowExpertsKernel(NarrowLinearKernel):
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mCodes: cute.Tensor,  # int64 [E, P, KB, 256]
+        mScales: cute.Tensor,  # int32 [E, P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Int32,
@@ -125,21 +125,21 @@ class NarrowExpertsKernel(NarrowLinearKernel):
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # int64 (256, KB, P, E)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # int32 (64, KB, P, E)
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Uint32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
+        code_layout: cute.Layout,  # (256, stage's blocks, stages)
+        scale_layout: cute.Layout,  # (64, stage's blocks, stages)
     ):
         t = self.tile
         stages = t.stages
@@ -149,22 +149,29 @@ class NarrowExpertsKernel(NarrowLinearKernel):
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        # Initialize the barriers
         if warp == consumer_warps:
             for atom in (code_atom, scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
+                    # Arrivals: one with the weights' bytes, 32 lanes' copies
                     cute.arch.mbarrier_init(full + stage, 1 + 32)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps)
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
             cute.arch.mbarrier_init_fence()
+        # Wait for the routing before w2 may start: w2 reads the table and has no wait of its own for the routing.
         if cutlass.const_expr(self.activated):
-            cute.arch.griddepcontrol_wait()  # for the routing
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         if cutlass.const_expr(t.split_k > 1):
+            # No CTA may write partial sums into one that has not started.
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
-            cute.arch.sync_threads()
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+
+        # Find this CTA's tile
 
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
@@ -183,6 +190,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, panel, expert))
                 tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
+                # Fetch the first weights: no kernel that may still run writes them, so w2 need not wait for w13
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
                         with cute.arch.elect_one():
@@ -205,6 +213,8 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 )
             else:
                 self.multiply(warp, rank, count, storage, full, empty, sX, sCodes, sScales, scale_bias)
+            # Wait for the partial sums of every k group of every CTA. All threads of a cluster have to arrive; its
+            # CTAs share a tile, so they all get here or none does.
             if cutlass.const_expr(t.split_k > 1):
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
@@ -212,20 +222,21 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 cute.arch.sync_threads()
             if warp < consumer_warps:
                 if cutlass.const_expr(not self.activated):
-                    cute.arch.griddepcontrol_wait()
+                    cute.arch.griddepcontrol_wait()  # makes what the routing wrote to `mPairs` visible here, too
                 thread, _, _ = cute.arch.thread_idx()
                 self.finish_slots(
                     thread, panel, rank, expert, first_slot, slots, storage, mRowScale, mPairs, mOut, limit
                 )
         else:
             if cutlass.const_expr(not self.activated):
-                cute.arch.griddepcontrol_wait()  # the next kernel must find everything before it complete
+                # The next kernel waits for this one alone: this one must not end before its predecessors have.
+                cute.arch.griddepcontrol_wait()
 
     @cute.jit
     def load_tokens(
         self,
-        mX: cute.Tensor,
-        mPairs: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mPairs: cute.Tensor,  # int32 [M * T]
         topk: Int32,
         first_slot: Int32,
         slots: Int32,
@@ -247,6 +258,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         lane = cute.arch.lane_idx()
         row = lane // 8
         chunk = lane % 8
+        # Wait for w13, which wrote w2's input; w13 itself has waited for the routing above
         if cutlass.const_expr(not self.activated):
             cute.arch.griddepcontrol_wait()
         sources = cute.make_rmem_tensor(rows, Int64)
@@ -257,14 +269,16 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 source = mPairs[slot] // topk
             sources[i] = mX.iterator.toint() + (Int64(source) * mX.stride[0] + chunk * 8) * 2
         stage = Int32(0)
-        phase = Int32(0)
+        phase = Int32(0)  # of `full`; the stage's release before it is the phase of the other parity
         for step in cutlass.range(count, unroll=1):
             if step >= t.stages:
+                # Wait for a free stage and issue the TMA loads of its weights
                 cute.arch.mbarrier_wait(empty + stage, phase ^ 1)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_weight_bytes)
                 cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
+            # Copy the tokens. A copy reads `size` bytes and fills the rest with zeros, as all 16 beyond K.
             for b in cutlass.range_constexpr(t.stage_blocks):
                 block = (first + step) * t.stage_blocks + b
                 size = Int32(0)
@@ -275,6 +289,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                     line = row + 4 * i
                     address = target + line * TOKEN_ROW_BYTES + (chunk ^ (line % 8)) * 16
                     copy_async(address, sources[i] + Int64(block) * TOKEN_ROW_BYTES, size, line < slots)
+            # Arrive when the copies have landed, which nobody waits for here
             arrive_after_copies(smem_address(full + stage))
             stage += 1
             if stage == t.stages:
@@ -290,9 +305,9 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         storage,
         full: cute.Pointer,
         empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
+        sCodes: cute.Tensor,  # int64 (256, stage's blocks, stages)
+        sScales: cute.Tensor,  # int32 (64, stage's blocks, stages)
         scale_bias: Uint32,
     ):
         """A consumer warp's partial sums, sent to the CTAs that own their rows."""
@@ -327,9 +342,9 @@ class NarrowExpertsKernel(NarrowLinearKernel):
         first_slot: Int32,
         slots: Int32,
         storage,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         limit: Float32,
     ):
         """Add the partial sums of the rows this CTA owns in ascending k order; scale, activate, store."""

@@ -1,10 +1,10 @@
 """NVFP4 W4A16 expert products for few tokens an expert on Hopper: a CTA streams panel after panel.
 
-narrow_experts.py with one warp for a row's whole K: sums never leave their thread, so there is no exchange,
+experts_narrow.py with one warp for a row's whole K: sums never leave their thread, so there is no exchange,
 no barrier, and the producer warp fetches the next panel's weights during the epilogue. For weights whose K
 is short, and wherever there are more panels than the machine holds at once.
 
-Equations, operands and pipelines are narrow_experts.py's. Panels of a tile are the fast index.
+Equations, operands and pipelines are experts_narrow.py's. Panels of a tile are the fast index.
 """
 
 import cutlass
@@ -22,7 +22,7 @@ from .linear_narrow import TOKEN_ROW_BYTES
 from .ptx import arrive_after_copies, copy_async
 from .tiles import BLOCK_K, PANEL_ROWS
 
-CONSUMER_WARPS = 4
+CONSUMER_WARPS = 4  # of 16 rows each: a panel
 
 
 class StreamingExpertsKernel(NarrowExpertsKernel):
@@ -34,21 +34,21 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # int64 (256, KB, P, E)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # int32 (64, KB, P, E)
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Uint32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
+        code_layout: cute.Layout,  # (256, stage's blocks, stages)
+        scale_layout: cute.Layout,  # (64, stage's blocks, stages)
     ):
         t = self.tile
         stages = t.stages
@@ -62,18 +62,23 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
+        # Initialize the barriers
         if warp == CONSUMER_WARPS:
             for atom in (code_atom, scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
+                    # Arrivals: one with the weights' bytes, 32 lanes' copies
                     cute.arch.mbarrier_init(full + stage, 1 + 32)
                     cute.arch.mbarrier_init(empty + stage, CONSUMER_WARPS)
             cute.arch.mbarrier_init_fence()
+        # Wait for the routing before w2 may start: w2 reads the table and has no wait of its own for the routing.
         if cutlass.const_expr(self.activated):
-            cute.arch.griddepcontrol_wait()  # for the routing
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+
+        # Share the panels of all tiles among the CTAs
 
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
@@ -86,6 +91,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
             weights = (code_atom, tCg, tCs, scale_atom, tSg, tSs)
+            # Fetch w2's first weights while w13 runs, which does not write them, then wait for w13
             early = Int32(0)  # stages whose weights do not wait for the previous kernel
             if cutlass.const_expr(not self.activated):
                 if bid < items:
@@ -99,6 +105,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                 bid, ctas, items, panels, count, early, mX, mPairs, table, topk, full, empty, shared, weights
             )
         else:
+            # Every consumer waits, too: for `mPairs`, and because a kernel must not end before its predecessors
             if cutlass.const_expr(not self.activated):
                 cute.arch.griddepcontrol_wait()
             stage = Int32(0)
@@ -106,6 +113,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
             acc = cute.make_rmem_tensor((4, t.tokens // 8), Float32)
             for item in cutlass.range(bid, items, ctas, unroll=1):
                 expert, first_slot, slots, _ = load_coherent(table + Int64(item // panels + 1) * 16)
+                # Read what the epilogue needs before the main loop, whose time hides the latency
                 n, factor, rows = self.targets(
                     item % panels, warp, lane, expert, first_slot, slots, mRowScale, mPairs, mOut
                 )
@@ -118,6 +126,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
     def load_weights(
         self, weights: tuple, at: Int32, panel: Int32, expert: Int32, barrier: cute.Pointer, stage: Int32
     ):
+        """TMA of one stage's weights, which `barrier` is told to expect."""
         code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.stage_weight_bytes)
@@ -133,8 +142,8 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         panels: Int32,
         count: Int32,
         early: Int32,
-        mX: cute.Tensor,
-        mPairs: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mPairs: cute.Tensor,  # int32 [M * T]
         table: Int64,
         topk: Int32,
         full: cute.Pointer,
@@ -153,16 +162,20 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         phase = Int32(1)  # a fresh barrier counts as released
         for item in cutlass.range(bid, items, ctas, unroll=1):
             expert, first_slot, slots, _ = load_coherent(table + Int64(item // panels + 1) * 16)
+            # Find the rows of this tile's tokens
             for i in cutlass.range_constexpr(rows):
                 line = first_slot + cutlass.min(row + 4 * i, slots - 1)
                 if cutlass.const_expr(self.activated):
                     line = mPairs[line] // topk
                 sources[i] = mX.iterator.toint() + (Int64(line) * mX.stride[0] + chunk * 8) * 2
             for at in cutlass.range(count, unroll=1):
+                # Wait for a free stage
                 cute.arch.mbarrier_wait(empty + stage, phase)
+                # Issue the TMA loads of its weights
                 if early <= 0:
                     self.load_weights(weights, at, item % panels, expert, full + stage, stage)
                 early -= 1
+                # Copy its tokens; beyond K there are zeros
                 for b in cutlass.range_constexpr(t.stage_blocks):
                     block = at * t.stage_blocks + b
                     size = Int32(0)
@@ -174,6 +187,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                         address = address + (chunk ^ ((row + 4 * i) % 8)) * 16
                         offset = Int64(block) * TOKEN_ROW_BYTES
                         copy_async(address, sources[i] + offset, size, row + 4 * i < slots)
+                # Arrive when the copies have landed, which nobody waits for here
                 arrive_after_copies(smem_address(full + stage))
                 stage += 1
                 if stage == t.stages:
@@ -189,9 +203,9 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         expert: Int32,
         first_slot: Int32,
         slots: Int32,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
     ):
         """-> (first column, scales of its two weight rows, row of out of each of its tokens or -1)."""
         t = self.tile
@@ -223,13 +237,14 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
     @cute.jit
     def store(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, tokens / 8): {row r, row r + 8} x two tokens
         n: Int32,
-        factor: cute.Tensor,
-        rows: cute.Tensor,
-        mOut: cute.Tensor,
+        factor: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        rows: cute.Tensor,  # int32 (2, tokens / 8): rows of out, -1 for none
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         limit: Float32,
     ):
+        """Scale, activate, store: rows r and r + 8 are one column's gate and up (w13), or two columns (w2)."""
         columns = mOut.shape[1]
         for column in cutlass.range_constexpr(self.tile.tokens // 8):
             for v in cutlass.range_constexpr(2):
@@ -238,7 +253,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                 second = acc[2 + v, column] * factor[1]
                 if row >= 0:
                     target = mOut.iterator + (Int64(row) * columns + n)
-                    out = cute.make_tensor(target, cute.make_layout(9))
+                    out = cute.make_tensor(target, cute.make_layout(9))  # columns n .. n + 8
                     if cutlass.const_expr(self.activated):
                         if n < columns:
                             out[0] = swiglu(first, second, limit).to(BFloat16)

@@ -1,9 +1,9 @@
-"""NVFP4 W4A16 expert products for many tokens an expert on Hopper: wide.py, with tokens gathered by slot.
+"""NVFP4 W4A16 expert products for many tokens an expert on Hopper: linear_wide.py, with tokens gathered by slot.
 
-Equations, operands and the order of waits are narrow_experts.py's.
+Equations, operands and the order of waits are experts_narrow.py's.
 
 Roles per CTA (`panels` x 64 weight rows by `tokens` slots, persistent over the table's tiles)
-    warpgroup p          rows of panel p, or of two panels, as in wide.py; swiglu where the sums are
+    warpgroup p          rows of panel p, or of two panels, as in linear_wide.py; swiglu where the sums are
     producer warpgroup   its first warp keeps `stages` TMA loads of weights in flight; all four gather
                          tokens with cp.async
 Pipelines
@@ -70,13 +70,13 @@ class WideExpertsKernel(WideLinearKernel):
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mCodes: cute.Tensor,  # int64 [E, P, KB, 256]
+        mScales: cute.Tensor,  # int32 [E, P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Int32,
@@ -102,6 +102,7 @@ class WideExpertsKernel(WideLinearKernel):
             cute.slice_(scale_layout, (None, None, None, 0)),
             (SCALE_WORDS, t.blocks, t.panels),
         )
+        # Two buffers a warpgroup; 16 bytes between rows avoid bank conflicts.
         output_bytes = 2 * self.warpgroups * CHUNK * (self.panel_columns * 2 + 16)
 
         @cute.struct
@@ -145,22 +146,22 @@ class WideExpertsKernel(WideLinearKernel):
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # int64 (256, KB, P, E)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # int32 (64, KB, P, E)
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Uint32,
         row_tiles: Int32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
+        code_layout: cute.Layout,  # (256, blocks, panels, stages)
+        scale_layout: cute.Layout,  # (64, blocks, panels, stages)
     ):
         t = self.tile
         stages = t.stages
@@ -176,18 +177,23 @@ class WideExpertsKernel(WideLinearKernel):
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
 
+        # Initialize the barriers
         if warp == consumer_warps:
             for atom in (code_atom, scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
+                    # Arrivals: one with the weights' bytes, 128 threads' copies
                     cute.arch.mbarrier_init(full + stage, 1 + 128)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps)
             cute.arch.mbarrier_init_fence()
+        # Wait for the routing before w2 may start: w2 reads the table and has no wait of its own for the routing.
         if cutlass.const_expr(self.activated):
-            cute.arch.griddepcontrol_wait()  # for the routing
+            cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.sync_threads()
+        cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+
+        # Share the row tiles of all token tiles among the CTAs
 
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
@@ -195,13 +201,14 @@ class WideExpertsKernel(WideLinearKernel):
         count = cute.ceil_div(tCodes.shape[1], t.blocks)
 
         if warp >= consumer_warps:
-            if cutlass.const_expr(t.panels > 1):
+            if cutlass.const_expr(t.panels > 1):  # one consumer warpgroup has enough registers
                 cute.arch.setmaxregister_decrease(REGISTERS[t.ctas_per_sm][0])
             gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.blocks, t.panels), (0, None, None, None))
             gScales = cute.local_tile(tScales, (SCALE_WORDS, t.blocks, t.panels), (0, None, None, None))
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
             weights = (code_atom, tCg, tCs, scale_atom, tSg, tSs)
+            # Fetch w2's first weights while w13 runs, which does not write them, then wait for w13
             early = Int32(0)  # stages whose weights do not wait for the previous kernel
             if cutlass.const_expr(not self.activated):
                 if bid < tiles:
@@ -232,6 +239,7 @@ class WideExpertsKernel(WideLinearKernel):
         else:
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_increase(REGISTERS[t.ctas_per_sm][1])
+            # Every consumer waits, too: for `mPairs`, and because a kernel must not end before its predecessors
             if cutlass.const_expr(not self.activated):
                 cute.arch.griddepcontrol_wait()
             group = thread // 128
@@ -240,6 +248,7 @@ class WideExpertsKernel(WideLinearKernel):
             sRows = storage.rows.get_tensor(cute.make_layout((t.tokens, self.warpgroups)))
             expert, first_slot, slots, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
             for tile in cutlass.range(bid, tiles, ctas, unroll=1):
+                # Read the next tile's entry of the table now: this tile's time hides the latency
                 following = cutlass.min(tile + ctas, tiles - 1)
                 next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
                 first_panel = tile % row_tiles * t.panels + group * self.group_panels
@@ -282,15 +291,15 @@ class WideExpertsKernel(WideLinearKernel):
         phase: Int32,
         full: cute.Pointer,
         empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
+        sCodes: cute.Tensor,  # int64 (256, blocks, panels, stages)
+        sScales: cute.Tensor,  # int32 (64, blocks, panels, stages)
         bias: Uint32,
         shared: Int32,
-        sRows: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
+        sRows: cute.Tensor,  # int32 (tokens, warpgroups)
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         limit: Float32,
     ):
         """One tile with the least of `widths` from number `width` on that holds it -> (next stage, its phase)."""
@@ -338,19 +347,21 @@ class WideExpertsKernel(WideLinearKernel):
         self,
         sums: tuple,
         factors: tuple,
-        rows: cute.Tensor,
+        rows: cute.Tensor,  # int32 (tokens / 128,): rows of out of every 128th slot
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         first_panel: Int32,
         first_slot: Int32,
         slots: Int32,
         shared: Int32,
-        sRows: cute.Tensor,
-        mOut: cute.Tensor,
+        sRows: cute.Tensor,  # int32 (tokens, warpgroups)
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         limit: Float32,
     ):
+        """Store this warpgroup's panels, one after the other, through the same two buffers."""
         for q in cutlass.range_constexpr(self.group_panels):
             self.meet(thread // 128)  # what was staged before has been read
+            # Share the rows of `out` in the warpgroup; the barrier in `store_slots` comes before they are read
             if cutlass.const_expr(q == 0 and not self.activated):
                 for i in cutlass.range_constexpr(cute.size(rows)):
                     line = thread % 128 + 128 * i
@@ -371,16 +382,16 @@ class WideExpertsKernel(WideLinearKernel):
         phase: Int32,
         full: cute.Pointer,
         empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
+        sCodes: cute.Tensor,  # int64 (256, blocks, panels, stages)
+        sScales: cute.Tensor,  # int32 (64, blocks, panels, stages)
         bias: Uint32,
         panel: Int32,
         expert: Int32,
         first_slot: Int32,
         slots: Int32,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
         columns: Int32,
     ):
         """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, scales of a thread's weight
@@ -419,6 +430,7 @@ class WideExpertsKernel(WideLinearKernel):
         # No branch may stand between a wait_group and the wgmmas after it, and no decode may sink between
         # wgmmas: either makes ptxas serialize them (C7513).
         for i in cutlass.range(count, unroll=1):
+            # Wait for a full stage and read its weights
             cute.arch.mbarrier_wait(full + stage, phase)
             words, scale_words = [], []
             for q in cutlass.range_constexpr(panels):
@@ -426,7 +438,8 @@ class WideExpertsKernel(WideLinearKernel):
                     at = stage * t.panels + q
                     words.append(load_words(codes + at * panel_codes + b * BLOCK_CODE_BYTES, 4))
                     scale_words.append(load_words(scales + at * panel_scales + b * BLOCK_SCALE_BYTES, 2))
-            cute.arch.fence_view_async_shared()  # tokens written by cp.async, read by wgmma
+            # cp.async wrote the tokens through the generic proxy, wgmma reads them through the async one.
+            cute.arch.fence_view_async_shared()
             for turn in cutlass.range_constexpr(panels * steps // part):
                 warpgroup.wait_group(part)  # the wgmmas that read this part of `weights` are done
                 for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
@@ -435,12 +448,14 @@ class WideExpertsKernel(WideLinearKernel):
                     decoded = weight_registers(word, scale_word, step % 2, bias)
                     for r in cutlass.range_constexpr(4):
                         weight_words[step % (2 * part) * 4 + r] = settle(decoded[r])
+                # Issue the wgmmas; the fence orders the registers just written before they read them
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(turn * part, (turn + 1) * part):
                     x = tCrX[None, None, step % steps, stage]
                     q = cutlass.const_expr(step // steps)
                     cute.gemm(tiled_mma, sums[q], weights[None, None, step % (2 * part)], x, sums[q])
                     warpgroup.commit_group()
+            # Give the previous stage back: the waits above have seen its last wgmmas end
             if i > 0:
                 self.release(empty, previous, lane)
             previous = stage
@@ -448,6 +463,7 @@ class WideExpertsKernel(WideLinearKernel):
             if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+        # Read what the epilogue needs while the last wgmmas run
         factors = tuple(cute.make_rmem_tensor(2, Float32) for _ in range(panels))
         for q in cutlass.range_constexpr(panels):
             column = (panel + q) * self.panel_columns
@@ -462,6 +478,7 @@ class WideExpertsKernel(WideLinearKernel):
             for i in cutlass.range_constexpr(-(-tokens // 128)):
                 slot = cutlass.min(thread % 128 + 128 * i, slots - 1)
                 out_rows[i] = mPairs[first_slot + slot]
+        # Wait for the sums and give the last stage back
         warpgroup.wait_group(0)
         if count > 0:
             self.release(empty, previous, lane)
@@ -471,6 +488,7 @@ class WideExpertsKernel(WideLinearKernel):
     def load_weights(
         self, weights: tuple, at: Int32, row_tile: Int32, expert: Int32, barrier: cute.Pointer, stage: Int32
     ):
+        """TMA of one stage's weights, which `barrier` is told to expect."""
         code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.stage_weight_bytes)
@@ -488,8 +506,8 @@ class WideExpertsKernel(WideLinearKernel):
         row_tiles: Int32,
         count: Int32,
         early: Int32,
-        mX: cute.Tensor,
-        mPairs: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mPairs: cute.Tensor,  # int32 [M * T]
         table: Int64,
         topk: Int32,
         full: cute.Pointer,
@@ -507,7 +525,7 @@ class WideExpertsKernel(WideLinearKernel):
         row = thread // 8
         chunk = thread % 8
         inside = row * TOKEN_ROW_BYTES + (chunk ^ (row % 8)) * 16
-        pitch = mX.stride[0] // 8  # rows of 16-byte units: offsets fit 32 bits
+        pitch = mX.stride[0] // 8  # of rows, in units of 16 bytes: offsets fit 32 bits
         sources = cute.make_rmem_tensor(rows if self.activated else 1, Int32)
         stage = Int32(0)
         phase = Int32(1)  # a fresh barrier counts as released
@@ -516,6 +534,7 @@ class WideExpertsKernel(WideLinearKernel):
             following = cutlass.min(tile + ctas, tiles - 1)
             next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
             row_tile = tile % row_tiles
+            # Find the rows of this tile's tokens; w2's are consecutive
             if cutlass.const_expr(self.activated):
                 for i in cutlass.range_constexpr(rows):
                     slot = first_slot + cutlass.min(row + 16 * i, slots - 1)
@@ -523,10 +542,13 @@ class WideExpertsKernel(WideLinearKernel):
             else:
                 sources[0] = Int32((first_slot + row) * pitch + chunk)
             for at in cutlass.range(count, unroll=1):
+                # Wait for a free stage: every thread that writes it waits
                 cute.arch.mbarrier_wait(empty + stage, phase)
+                # Issue the TMA loads of its weights
                 if fetches_weights and early <= 0:
                     self.load_weights(weights, at, row_tile, expert, full + stage, stage)
                 early -= 1
+                # Copy its tokens; beyond K there are zeros
                 for b in cutlass.range_constexpr(t.blocks):
                     block = at * t.blocks + b
                     size = Int32(0)
@@ -542,6 +564,7 @@ class WideExpertsKernel(WideLinearKernel):
                             size,
                             row + 16 * i < slots,
                         )
+                # Arrive when the copies have landed, which nobody waits for here
                 arrive_after_copies(smem_address(full + stage))
                 stage += 1
                 if stage == t.stages:
@@ -552,16 +575,16 @@ class WideExpertsKernel(WideLinearKernel):
     @cute.jit
     def store_slots(
         self,
-        acc: cute.Tensor,
-        factor: cute.Tensor,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
+        factor: cute.Tensor,  # f32 (2,), of rows r and r + 8
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         column: Int32,
         first_slot: Int32,
         slots: Int32,
         shared: Int32,
-        sRows: cute.Tensor,
-        mOut: cute.Tensor,
+        sRows: cute.Tensor,  # int32 (tokens, warpgroups)
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         limit: Float32,
     ):
         """Scale, activate, transpose through shared memory `CHUNK` slots at a time, store rows of `out`.
@@ -598,6 +621,8 @@ class WideExpertsKernel(WideLinearKernel):
                         packed += [pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])]
                 for i in cutlass.range_constexpr(len(packed) // 4):
                     store_matrices_transposed(half + address + i * 16 * pitch, *packed[4 * i : 4 * i + 4])
+                # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
+                # whoever writes this one again has met everybody after their reads.
                 self.meet(group)
                 for j in cutlass.range_constexpr(CHUNK // slots_per_pass):
                     line = inside // pieces + j * slots_per_pass

@@ -41,8 +41,8 @@ from .ptx import mma_m16n8k16, store_output, weight_registers
 from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, NarrowTile
 from .views import block_view, tokens_view
 
-STEPS = BLOCK_K // 16
-SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
+STEPS = BLOCK_K // 16  # k16 instructions a block
+SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128  # a token's 64 k of bf16 are one row of 128 bytes
 TOKEN_ROW_BYTES = BLOCK_K * 2
 
 
@@ -57,12 +57,12 @@ class NarrowLinearKernel:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mCodes: cute.Tensor,  # int64 [P, KB, 256]
+        mScales: cute.Tensor,  # int32 [P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any tensor without has_bias
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         k: Int32,
         panels_per_group: Int32,
         scale_bias: Int32,
@@ -96,7 +96,9 @@ class NarrowLinearKernel:
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
             empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
+            # 1024: the swizzle is a function of address bits, and repeats every 8 rows of 128 bytes
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
+            # 128: what TMA asks of its target
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
             partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
@@ -130,23 +132,24 @@ class NarrowLinearKernel:
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # int64 (256, KB, P)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # int32 (64, KB, P)
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         panels_per_group: Int32,
         scale_bias: Uint32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
+        code_layout: cute.Layout,  # (256, stage's blocks, stages)
+        scale_layout: cute.Layout,  # (64, stage's blocks, stages)
     ):
         t = self.tile
         tokens, stages = t.tokens, t.stages
         consumer_warps = 4 * t.k_warps
+        # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -156,12 +159,13 @@ class NarrowLinearKernel:
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        reduced = empty + stages
+        reduced = empty + stages  # with `signal`: this CTA's partial sums are complete
         sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
         partials = smem_address(storage.partials.data_ptr())
 
+        # Initialize the barriers
         if warp == consumer_warps:
             for atom in (x_atom, code_atom, scale_atom):
                 cpasync.prefetch_descriptor(atom)
@@ -170,18 +174,22 @@ class NarrowLinearKernel:
                     cute.arch.mbarrier_init(full + stage, 1)
                     cute.arch.mbarrier_init(empty + stage, consumer_warps)
                 if cutlass.const_expr(t.signal):
+                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
                     cute.arch.mbarrier_init(reduced, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(reduced, t.partial_bytes)
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(t.split_k > 1):
+            # No CTA may write partial sums into, or count them in, one that has not got this far.
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
-            cute.arch.sync_threads()
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
         row_scales = self.load_row_scales(
             warp * 32 + lane, panel, rank, mRowScale
         )  # come in during the main loop
 
+        # Take this CTA's share of K, in stages
         steps_total = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
         first = rank * steps_total // t.split_k
         count = (rank + 1) * steps_total // t.split_k - first
@@ -195,6 +203,8 @@ class NarrowLinearKernel:
             tXs, tXg = partition_loads(x_atom, sX, gX, 2)
             tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
             tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
+            # Fetch the first weights: no kernel that may still run writes them, so they need not wait. The
+            # bytes announced are the whole stage's: it is not full before its tokens have come, too.
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:
                     with cute.arch.elect_one():
@@ -203,21 +213,25 @@ class NarrowLinearKernel:
                     cute.copy(
                         scale_atom, tSg[None, first + stage], tSs[None, stage], tma_bar_ptr=full + stage
                     )
+            # Fetch the first tokens, which the previous kernel may have written. The consumers need no wait of
+            # their own: they store only after tokens that were fetched after this one.
             cute.arch.griddepcontrol_wait()
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:
                     cute.copy(x_atom, tXg[None, first + stage], tXs[None, stage], tma_bar_ptr=full + stage)
             stage = Int32(0)
-            phase = Int32(0)
+            phase = Int32(0)  # of `empty`: the ring is full, so the first wait is for a first release
             for step in cutlass.range(stages, count, unroll=1):
+                # Wait for a free stage: every consumer warp has its part of it in registers
                 cute.arch.mbarrier_wait(empty + stage, phase)
+                # Issue the TMA loads
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                 cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
                 stage += 1
-                if stage == stages:
+                if stage == stages:  # the next turn of the ring: its barriers' phases have the other parity
                     stage = Int32(0)
                     phase = phase ^ 1
         else:
@@ -228,7 +242,7 @@ class NarrowLinearKernel:
             start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
             self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
 
-            # Send each half's 8 rows to the CTA that owns them.
+            # Send each half's 8 rows to the CTA that owns them. Lanes write 8 bytes each, 256 a column of 8 tokens.
             units = 8 // t.split_k  # of 8 rows, a CTA owns
             pairs = units * tokens * 4  # pairs of tokens of one row, a CTA owns
             source = rank * t.k_warps + k_group
@@ -246,10 +260,12 @@ class NarrowLinearKernel:
                         signal_in_cluster(address + column * 256, values, barrier)
                     else:
                         store_in_cluster(address + column * 256, values)
+        # Wait for the partial sums of every k group of every CTA
         if cutlass.const_expr(t.signal):
-            if warp < consumer_warps:
+            if warp < consumer_warps:  # also keeps this CTA alive until the last write to it has landed
                 cute.arch.mbarrier_wait(reduced, 0)
         elif cutlass.const_expr(t.split_k > 1):
+            # Release and acquire: the sums have arrived. Counts all threads of the cluster, so the producer's, too.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
@@ -260,7 +276,7 @@ class NarrowLinearKernel:
     @cute.jit
     def accumulate(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, tokens / 8): {row r, row r + 8} x two tokens
         count: Int32,
         stage: Int32,
         phase: Int32,
@@ -269,22 +285,25 @@ class NarrowLinearKernel:
         lane: Int32,
         full: cute.Pointer,
         empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
+        sCodes: cute.Tensor,  # int64 (256, stage's blocks, stages)
+        sScales: cute.Tensor,  # int32 (64, stage's blocks, stages)
         bias: Uint32,
     ):
         """acc[:, column] += this warp's 16 rows x 8 tokens a column over `count` stages -> next stage, its phase."""
         t = self.tile
         columns = cutlass.const_expr(t.tokens // 8)
+        # Of a block: 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row (sm90/layout.py).
         codes = smem_address(sCodes.iterator) + (row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (row_warp * 64 + (lane // 4) * 8)
         # Row lane % 8 of matrix lane // 8: 16-byte chunk lane // 8 of a token's 128 bytes, 128B-swizzled.
         token = lane % 8
         x_first = smem_address(sX.iterator) + token * TOKEN_ROW_BYTES + ((lane // 8) ^ token) * 16
-        x_second = x_first ^ 64
+        x_second = x_first ^ 64  # chunks 4 .. 7: bit 2 of a chunk's number, which the swizzle only flips
         for _ in cutlass.range(count, unroll=1):
+            # Wait for a full stage
             cute.arch.mbarrier_wait(full + stage, phase)
+            # Read all of it into registers, so that the producer can refill it during the products
             first = stage * t.stage_blocks + k_group * t.blocks
             words, scale_words, tokens = [], [], []
             for b in cutlass.range_constexpr(t.blocks):
@@ -294,9 +313,11 @@ class NarrowLinearKernel:
                     offset = b * t.tokens * TOKEN_ROW_BYTES + column * 8 * TOKEN_ROW_BYTES
                     for base in (x_first, x_second):
                         tokens.append(load_matrices(base + first * (t.tokens * TOKEN_ROW_BYTES) + offset))
+            # Give the stage back: one arrival a warp, once all its lanes have read
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
+            # Decode and multiply
             for b in cutlass.range_constexpr(t.blocks):
                 for step in cutlass.range_constexpr(STEPS):
                     weights = weight_registers(words[b][step], scale_words[b][step // 2], step % 2, bias)
@@ -314,7 +335,13 @@ class NarrowLinearKernel:
         return stage, phase
 
     @cute.jit
-    def load_row_scales(self, thread: Int32, panel: Int32, rank: Int32, mRowScale: cute.Tensor):
+    def load_row_scales(
+        self,
+        thread: Int32,
+        panel: Int32,
+        rank: Int32,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The row scale of every pair of results that a thread finishes."""
         t = self.tile
         threads = cutlass.const_expr(128 * t.k_warps)
@@ -334,9 +361,9 @@ class NarrowLinearKernel:
         rank: Int32,
         token_tile: Int32,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (pairs of results a thread,)
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
     ):
         """Add the partial sums of the rows this CTA owns in ascending k order, scale, store."""
         t = self.tile

@@ -29,7 +29,7 @@ Tiles
     with `bulk` TMA stores the results and the warpgroup goes on. With `tail` the tiles that fill no whole wave
     are cut into parts of so many tokens, where that gives every CTA less than a tile.
 Reduction
-    `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
+    `split_k` CTAs of a cluster share a tile's K and exchange partial sums as linear_narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
 """
 
@@ -48,9 +48,9 @@ from .ptx import store_matrices_transposed, store_shared, weight_registers
 from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, PANEL_ROWS, WideTile
 from .views import block_view, results_view, tokens_view
 
-STEPS = BLOCK_K // 16
-PRODUCER_REGISTERS = 24
-SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
+STEPS = BLOCK_K // 16  # wgmmas of a block: k16 each
+PRODUCER_REGISTERS = 24  # the least that setmaxnreg takes
+SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128  # a token's 64 k of bf16 are one row of 128 bytes
 
 
 def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
@@ -90,12 +90,12 @@ class WideLinearKernel:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mCodes: cute.Tensor,  # int64 [P, KB, 256]
+        mScales: cute.Tensor,  # int32 [P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any tensor without has_bias
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         k: Int32,
         panels_per_group: Int32,
         scale_bias: Int32,
@@ -147,7 +147,9 @@ class WideLinearKernel:
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
             empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
+            # 1024: the swizzle is a function of address bits, and repeats every 8 rows of 128 bytes
             x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
+            # 128: what TMA asks of its target
             codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
             scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
             output: cute.struct.Align[
@@ -205,14 +207,14 @@ class WideLinearKernel:
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # int64 (256, KB, P)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # int32 (64, KB, P)
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         panels_per_group: Int32,
         scale_bias: Uint32,
         token_group: Int32,
@@ -220,17 +222,18 @@ class WideLinearKernel:
         row_tiles: Int32,
         whole: Int32,
         items: Int32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
+        code_layout: cute.Layout,  # (256, blocks, panels, stages)
+        scale_layout: cute.Layout,  # (64, blocks, panels, stages)
         out_atom: cute.CopyAtom | None,
-        tOut: cute.Tensor | None,
-        out_layout: cute.ComposedLayout | None,
+        tOut: cute.Tensor | None,  # bf16 (M, N)
+        out_layout: cute.ComposedLayout | None,  # (output tokens, 64 rows, buffers)
     ):
         t = self.tile
         stages, stage_k = t.stages, t.blocks * BLOCK_K
         consumer_warps = 4 * t.panels
         cluster = t.split_k * t.multicast
+        # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bid, _, _ = cute.arch.block_idx()
@@ -244,28 +247,34 @@ class WideLinearKernel:
         sCodes = storage.codes.get_tensor(code_layout)
         sScales = storage.scales.get_tensor(scale_layout)
 
+        # Initialize the barriers
         if warp == consumer_warps:
             for atom in (x_atom, code_atom, scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
                     cute.arch.mbarrier_init(full + stage, 1)
+                    # A multicast writes this stage of both CTAs, so that the warps of both have to be done with it.
                     cute.arch.mbarrier_init(empty + stage, consumer_warps * t.multicast)
                 if cutlass.const_expr(t.signal):
+                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
                     owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
                     cute.arch.mbarrier_init(reduced, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(
                         reduced, owned * (t.split_k * t.panels * 128 * 16)
                     )
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(cluster > 1):
+            # No CTA may write into another one, or arrive on its barriers, before that one has got this far.
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
-            cute.arch.sync_threads()
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
 
         thread, _, _ = cute.arch.thread_idx()
 
+        # Take this CTA's share of K, in stages
         first = Int32(0)
         count = cute.ceil_div(tCodes.shape[1], t.blocks)
         if cutlass.const_expr(t.split_k > 1):
@@ -275,6 +284,7 @@ class WideLinearKernel:
         grid = (token_group, token_tiles, row_tiles)
 
         if warp >= consumer_warps:
+            # setmaxnreg is for whole warpgroups; the producer of one panel is a warp alone.
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
@@ -289,9 +299,13 @@ class WideLinearKernel:
 
                 # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
                 groups = tX.shape[2]
-                # Weights first, then tokens once the previous kernel's results are visible.
+                # Weights first, then tokens once the previous kernel's results are visible. The consumers need no
+                # wait of their own: they store only after tokens that were fetched after this one.
                 box, row_tile, boxes = self.item(bid // t.split_k, whole, *grid)
                 group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+                # Fetch the first weights. The bytes announced are the whole stage's: it is not full before its tokens
+                # have come, too. With multicast half of those come from the other CTA, perhaps before this arrival,
+                # without which the stage is not full either.
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
                         with cute.arch.elect_one():
@@ -303,6 +317,7 @@ class WideLinearKernel:
                         cute.copy(
                             scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
                         )
+                # Fetch the first tokens
                 cute.arch.griddepcontrol_wait()
                 for stage in cutlass.range_constexpr(stages):
                     if stage < count:
@@ -319,7 +334,9 @@ class WideLinearKernel:
                     box, row_tile, boxes = self.item(item, whole, *grid)
                     group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
                     for at in cutlass.range(first + step, first + count, unroll=1):
+                        # Wait for a free stage
                         cute.arch.mbarrier_wait(empty + stage, phase)
+                        # Issue the TMA loads
                         with cute.arch.elect_one():
                             cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
                         cute.copy(
@@ -332,13 +349,13 @@ class WideLinearKernel:
                             x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
                         )
                         stage += 1
-                        if stage == stages:
+                        if stage == stages:  # the next turn of the ring: its phases have the other parity
                             stage = Int32(0)
                             phase = phase ^ 1
                     step = Int32(0)
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
-                # partial sums.
+                # partial sums. The barrier counts all threads of the cluster, so these must come, too.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
         else:
@@ -360,6 +377,7 @@ class WideLinearKernel:
             if cutlass.const_expr(out_atom is not None):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
             if cutlass.const_expr(t.multicast > 1):
+                # As the producer above: the other CTA's warps still release this one's stages.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
 
@@ -402,7 +420,12 @@ class WideLinearKernel:
         return t.stage_weight_bytes + boxes * (t.box * t.blocks * BLOCK_K * 2)
 
     @cute.jit
-    def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+    def load_row_scales(
+        self,
+        row_tile: Int32,
+        thread: Int32,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The scales of a consumer thread's rows r and r + 8."""
         scales = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
@@ -421,6 +444,7 @@ class WideLinearKernel:
         stage: Int32,
         barrier: cute.Pointer,
     ):
+        """TMA of one stage's tokens: `boxes` boxes from number `first` on, at least one."""
         for b in cutlass.range_constexpr(self.tile.tokens // self.tile.box):
             if cutlass.const_expr(b == 0):
                 self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
@@ -429,7 +453,14 @@ class WideLinearKernel:
                     self.load_box(atom, source[None, first + b], target[None, b, stage], barrier)
 
     @cute.jit
-    def load_box(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
+    def load_box(
+        self,
+        atom: cute.CopyAtom,
+        source: cute.Tensor,  # [box]
+        target: cute.Tensor,  # [box]
+        barrier: cute.Pointer,
+    ):
+        """TMA of one box of tokens. With multicast this CTA loads half of it, into every CTA, and signals all."""
         if cutlass.const_expr(self.tile.multicast > 1):
             mask = cutlass.Int16((1 << self.tile.multicast) - 1)
             cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
@@ -439,9 +470,10 @@ class WideLinearKernel:
     @cute.jit
     def release(self, empty: cute.Pointer, stage: Int32, lane: Int32):
         """Tell every producer that writes this stage that the warp is done with it."""
+        # No sync_warp: wgmma waits for the warp, and every lane decoded its words of the stage before that.
         if cutlass.const_expr(self.tile.multicast > 1):
             if lane < self.tile.multicast:
-                cute.arch.mbarrier_arrive(empty + stage, lane)
+                cute.arch.mbarrier_arrive(empty + stage, lane)  # of the cluster's CTA `lane`
         else:
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
@@ -461,6 +493,7 @@ class WideLinearKernel:
         """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
         t = self.tile
         first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
+        # Read the row scales before the main loop, whose time hides the latency
         if cutlass.const_expr(t.split_k > 1):
             row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
         else:
@@ -472,9 +505,13 @@ class WideLinearKernel:
                 storage.empty.data_ptr() + t.stages
             )  # with `signal`: this CTA's partial sums are complete
             self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+            # Wait for the partial sums of every CTA
             if cutlass.const_expr(t.signal):
-                cute.arch.mbarrier_wait(reduced, 0)
+                cute.arch.mbarrier_wait(
+                    reduced, 0
+                )  # also keeps this CTA alive until the last of them has landed
             else:
+                # Release and acquire: the sums have arrived. The producer's threads arrive at the kernel's end.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
             self.reduce_partials(thread, rank, *target, mOut)
@@ -494,9 +531,9 @@ class WideLinearKernel:
         phase: Int32,
         full: cute.Pointer,
         empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
+        sCodes: cute.Tensor,  # int64 (256, blocks, panels, stages)
+        sScales: cute.Tensor,  # int32 (64, blocks, panels, stages)
         bias: Uint32,
     ):
         """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
@@ -517,6 +554,7 @@ class WideLinearKernel:
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
         panel_codes = t.blocks * BLOCK_CODE_BYTES
         panel_scales = t.blocks * BLOCK_SCALE_BYTES
+        # Of a block: 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row (sm90/layout.py).
         codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
         scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
         # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
@@ -525,6 +563,7 @@ class WideLinearKernel:
         steps = cutlass.const_expr(t.blocks * STEPS // 2)
         previous = stage
         for i in cutlass.range(count, unroll=1):
+            # Wait for a full stage and read its weights
             cute.arch.mbarrier_wait(full + stage, phase)
             words, scale_words = [], []
             for b in cutlass.range_constexpr(t.blocks):
@@ -540,10 +579,12 @@ class WideLinearKernel:
                     decoded = weight_registers(word, scale_word, step % 2, bias)
                     for r in cutlass.range_constexpr(4):
                         weight_words[step * 4 + r] = settle(decoded[r])
+                # Issue the wgmmas; the fence orders the registers just written before they read them
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
                     cute.gemm(tiled_mma, acc, weights[None, None, step], tCrX[None, None, step, stage], acc)
                     warpgroup.commit_group()
+            # Give the previous stage back: the waits above have seen its last wgmmas end
             if i > 0:
                 self.release(empty, previous, lane)
             if cutlass.const_expr(t.lag > 0):
@@ -553,6 +594,7 @@ class WideLinearKernel:
             if stage == t.stages:
                 stage = Int32(0)
                 phase = phase ^ 1
+        # Wait for the sums and give the last stage back
         warpgroup.wait_group(0)
         if count > 0:
             self.release(empty, previous, lane)
@@ -571,6 +613,7 @@ class WideLinearKernel:
 
     @cute.jit
     def follow(self, panel: Int32, count: Int32):
+        """Wait for `lead` of the panel before: 128 threads arrive there, 128 wait here."""
         if count >= self.tile.stages:
             for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p + 1:
@@ -593,15 +636,15 @@ class WideLinearKernel:
     @cute.jit
     def store_tile(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         row_tile: Int32,
         first_token: Int32,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
     ):
         """Scale, transpose through shared memory a few tokens at a time, store rows of `out`.
 
@@ -649,6 +692,8 @@ class WideLinearKernel:
                         store_matrices_transposed(
                             half_buffer + matrix_address + (octet - 1) * 8 * pitch, *waiting, *packed
                         )
+            # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
+            # whoever writes this one again has met everybody after their reads.
             self.meet(panel)
             for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
                 token = inside // per_row + j * rows_per_pass
@@ -673,14 +718,14 @@ class WideLinearKernel:
     @cute.jit
     def store_tile_bulk(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
         row_tile: Int32,
         first_token: Int32,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        mBias: cute.Tensor,  # f32 [N]
         n: Int32,
         results: tuple,
     ):
@@ -713,8 +758,10 @@ class WideLinearKernel:
         column = inside // 32 * 2 + matrix % 2
         address = (lane % 8 + matrix // 2 * 8) * (PANEL_ROWS * 2) + (column ^ (lane % 8)) * 16
         address += smem_address(storage.output.data_ptr()) + panel * (BULK_BUFFERS * piece_bytes)
+        # Wait until TMA has read the tile before: bulk groups belong to the thread that committed them, so its
+        # warp waits, and the others wait for it
         if sends:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # of the tile before
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
         self.meet(panel)
         for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
@@ -728,17 +775,26 @@ class WideLinearKernel:
                 else:
                     target = address + (buffer * piece_bytes + (octet - 1) * 8 * PANEL_ROWS * 2)
                     store_matrices_transposed(target, *waiting, *packed)
+            # Hand the piece over: each thread makes its own writes visible to TMA's proxy, then all meet
             cute.arch.fence_view_async_shared()
             if sends:
                 cute.arch.cp_async_bulk_wait_group(1, read=True)
             self.meet(panel)
+            # Issue the TMA store
             if sends:
                 piece = (first_token // chunk + e, row_tile * t.panels + panel)
                 cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
                 cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage, reduced: Int32):
+    def send_partials(
+        self,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
+        thread: Int32,
+        rank: Int32,
+        storage,
+        reduced: Int32,
+    ):
         """Partial sums of token slice `octet` go to the CTA octet % split_k of the cluster."""
         t = self.tile
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
@@ -753,7 +809,12 @@ class WideLinearKernel:
                 store_in_cluster(target, values)
 
     @cute.jit
-    def load_reduced_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+    def load_reduced_scales(
+        self,
+        row_tile: Int32,
+        thread: Int32,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The scales of the 8 rows that a thread adds in `reduce_partials`."""
         scales = cute.make_rmem_tensor(8, Float32)
         first_n = self.reduced_row(row_tile, thread)
@@ -775,9 +836,9 @@ class WideLinearKernel:
         row_tile: Int32,
         first_token: Int32,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (8,), of this thread's rows
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
     ):
         """Add the token slices this CTA owns in ascending k order, scale, store.
 
