@@ -28,6 +28,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from ..device.activation import swiglu
 from ..device.cluster import address_in_cluster, store_in_cluster
 from ..device.ptx import load_coherent, smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
@@ -291,10 +292,7 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                     copy_async(address, sources[i] + Int64(block) * TOKEN_ROW_BYTES, size, line < slots)
             # Arrive when the copies have landed, which nobody waits for here
             arrive_after_copies(smem_address(full + stage))
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
 
     @cute.jit
     def multiply(

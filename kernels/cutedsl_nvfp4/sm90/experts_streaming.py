@@ -14,6 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .experts_narrow import NarrowExpertsKernel
@@ -189,10 +190,7 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
                         copy_async(address, sources[i] + offset, size, row + 4 * i < slots)
                 # Arrive when the copies have landed, which nobody waits for here
                 arrive_after_copies(smem_address(full + stage))
-                stage += 1
-                if stage == t.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                stage, phase = advance(stage, phase, t.stages)
 
     @cute.jit
     def targets(

@@ -22,6 +22,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, load_words, pack_bf16, settle, smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
@@ -459,10 +460,7 @@ class WideExpertsKernel(WideLinearKernel):
             if i > 0:
                 self.release(empty, previous, lane)
             previous = stage
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
         # Read what the epilogue needs while the last wgmmas run
         factors = tuple(cute.make_rmem_tensor(2, Float32) for _ in range(panels))
         for q in cutlass.range_constexpr(panels):
@@ -566,10 +564,7 @@ class WideExpertsKernel(WideLinearKernel):
                         )
                 # Arrive when the copies have landed, which nobody waits for here
                 arrive_after_copies(smem_address(full + stage))
-                stage += 1
-                if stage == t.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                stage, phase = advance(stage, phase, t.stages)
             expert, first_slot, slots, _ = next_entry
 
     @cute.jit

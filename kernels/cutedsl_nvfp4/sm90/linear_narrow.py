@@ -34,6 +34,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.ptx import load_matrices, load_words, smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
@@ -230,10 +231,7 @@ class NarrowLinearKernel:
                 cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
                 cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
-                stage += 1
-                if stage == stages:  # the next turn of the ring: its barriers' phases have the other parity
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                stage, phase = advance(stage, phase, stages)
         else:
             row_warp = warp % 4
             k_group = warp // 4
@@ -328,10 +326,7 @@ class NarrowLinearKernel:
                         result = mma_m16n8k16(partial, weights, x)
                         for v in cutlass.range_constexpr(4):
                             acc[v, column] = result[v]
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
         return stage, phase
 
     @cute.jit

@@ -41,6 +41,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.ptx import load_words, pack_bf16, settle, smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
@@ -348,10 +349,7 @@ class WideLinearKernel:
                         self.load_tokens(
                             x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
                         )
-                        stage += 1
-                        if stage == stages:  # the next turn of the ring: its phases have the other parity
-                            stage = Int32(0)
-                            phase = phase ^ 1
+                        stage, phase = advance(stage, phase, stages)
                     step = Int32(0)
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
@@ -590,10 +588,7 @@ class WideLinearKernel:
             if cutlass.const_expr(t.lag > 0):
                 self.lead(panel, i, count)
             previous = stage
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
         # Wait for the sums and give the last stage back
         warpgroup.wait_group(0)
         if count > 0:
