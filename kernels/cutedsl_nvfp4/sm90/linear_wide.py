@@ -33,6 +33,8 @@ Reduction
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
 """
 
+from enum import IntEnum
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as hopper
@@ -52,6 +54,16 @@ from .views import block_view, results_view, tokens_view
 STEPS = BLOCK_K // 16  # wgmmas of a block: k16 each
 PRODUCER_REGISTERS = 24  # the least that setmaxnreg takes
 SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128  # a token's 64 k of bf16 are one row of 128 bytes
+
+
+class Barrier(IntEnum):
+    """Named barriers of a CTA; 0 is reserved for sync_threads."""
+
+    PANEL_0 = 1  # the 128 threads of warpgroup 0, of 1, of 2
+    PANEL_1 = 2
+    PANEL_2 = 3
+    LAG_0 = 4  # warpgroup 0 arrives, 1 waits
+    LAG_1 = 5  # warpgroup 1 arrives, 2 waits
 
 
 def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
@@ -597,14 +609,14 @@ class WideLinearKernel:
 
     @cute.jit
     def lead(self, panel: Int32, step: Int32, count: Int32):
-        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at barrier 4 + panel.
+        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at Barrier.LAG_0 + panel.
 
         Tiles of fewer steps than stages do without: a warpgroup could be a whole tile ahead and signal twice.
         """
         if step == self.tile.lag and count >= self.tile.stages:
             for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p:
-                    cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
+                    cute.arch.barrier_arrive(barrier_id=Barrier.LAG_0 + p, number_of_threads=256)
 
     @cute.jit
     def follow(self, panel: Int32, count: Int32):
@@ -612,21 +624,21 @@ class WideLinearKernel:
         if count >= self.tile.stages:
             for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p + 1:
-                    cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
+                    cute.arch.barrier(barrier_id=Barrier.LAG_0 + p, number_of_threads=256)
 
     @cute.jit
     def meet(self, group: Int32):
         """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
         if group == 0:
-            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+            cute.arch.barrier(barrier_id=Barrier.PANEL_0, number_of_threads=128)
         else:
             if cutlass.const_expr(self.tile.panels == 3):
                 if group == 1:
-                    cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.PANEL_1, number_of_threads=128)
                 else:
-                    cute.arch.barrier(barrier_id=3, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.PANEL_2, number_of_threads=128)
             else:
-                cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                cute.arch.barrier(barrier_id=Barrier.PANEL_1, number_of_threads=128)
 
     @cute.jit
     def store_tile(
