@@ -28,16 +28,16 @@ VECTOR = 8  # bf16 in 16 bytes
 
 
 @cute.jit
-def local_expert(mIds: cute.Tensor, mMap: cute.Tensor, pair: Int32, has_map: Int32, experts: Int32):
+def local_expert(mIds: cute.Tensor, mMap: cute.Tensor, pair: Int32, has_map: Int32, num_local_experts: Int32):
     """Local expert of a pair, -1 for none."""
     expert = mIds[pair]
     if has_map != 0:
-        known = expert >= 0 and expert < mMap.shape[0]
-        if known:
+        in_map = expert >= 0 and expert < mMap.shape[0]
+        if in_map:
             expert = mMap[expert]
         else:
             expert = Int32(-1)
-    if expert >= experts:
+    if expert >= num_local_experts:
         expert = Int32(-1)
     return expert
 
@@ -55,27 +55,27 @@ class Route:
     def __call__(
         self,
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mMap: cute.Tensor,  # int32 [num_global_experts], any tensor without has_map
         mPairs: cute.Tensor,  # int32 [M * T]
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
         tokens: Int32,
         step: Int32,
         stream,
     ):
-        self.start(mIds, mMap, mPairs, None, mTable, has_map, experts, tokens, step, stream)
+        self.start(mIds, mMap, mPairs, None, mTable, has_map, num_local_experts, tokens, step, stream)
 
     @cute.jit
     def start(
         self,
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mMap: cute.Tensor,  # int32 [num_global_experts], any tensor without has_map
         mPairs: cute.Tensor,  # int32 [M * T], of SlotRoute [tiles * tokens]
         mPlaces: cute.Tensor | None,  # int32 [M * T], of SlotRoute only
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
         tokens: Int32,
         step: Int32,
         stream,
@@ -87,7 +87,7 @@ class Route:
             sums: cute.struct.MemRange[Int32, 64]  # of each warp's experts: 32 of slots, 32 of tiles
 
         self.shared = Shared
-        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, step).launch(
+        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, num_local_experts, tokens, step).launch(
             grid=(self.ctas, 1, 1),
             block=(ROUTE_THREADS, 1, 1),
             cluster=(self.ctas, 1, 1),
@@ -99,12 +99,12 @@ class Route:
     def kernel(
         self,
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mMap: cute.Tensor,  # int32 [num_global_experts], any tensor without has_map
         mPairs: cute.Tensor,  # int32 [M * T], of SlotRoute [tiles * tokens]
         mPlaces: cute.Tensor | None,  # int32 [M * T], of SlotRoute only
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
         tokens: Int32,
         step: Int32,
     ):
@@ -129,7 +129,7 @@ class Route:
         # The ids may be the previous kernel's, which may also still read what this one overwrites.
         cute.arch.griddepcontrol_wait()
         for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
-            expert = local_expert(mIds, mMap, pair, has_map, experts)
+            expert = local_expert(mIds, mMap, pair, has_map, num_local_experts)
             if expert >= 0:
                 cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
         cute.arch.sync_threads()  # all pairs are counted: a relaxed atomic orders nothing by itself
@@ -182,7 +182,7 @@ class Route:
 
         # Scatter: each pair takes the next slot of its expert
         for pair in cutlass.range(first_pair + thread, last_pair, ROUTE_THREADS, unroll=4):
-            expert = local_expert(mIds, mMap, pair, has_map, experts)
+            expert = local_expert(mIds, mMap, pair, has_map, num_local_experts)
             if expert >= 0:
                 slot = cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
                 mPairs[slot] = pair
@@ -208,16 +208,16 @@ class SlotRoute(Route):
     def __call__(
         self,
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts], any tensor without has_map
+        mMap: cute.Tensor,  # int32 [num_global_experts], any tensor without has_map
         mPairs: cute.Tensor,  # int32 [tiles * tokens]
         mPlaces: cute.Tensor,  # int32 [M * T]
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
         tokens: Int32,
         stream,
     ):
-        self.start(mIds, mMap, mPairs, mPlaces, mTable, has_map, experts, tokens, tokens, stream)
+        self.start(mIds, mMap, mPairs, mPlaces, mTable, has_map, num_local_experts, tokens, tokens, stream)
 
 
 class Combine:
@@ -231,15 +231,15 @@ class Combine:
         self,
         mY: cute.Tensor,  # bf16 [M * T, H]
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts]
+        mMap: cute.Tensor,  # int32 [num_global_experts]
         mWeights: cute.Tensor,  # f32 [M * T]
         mOut: cute.Tensor,  # bf16 or f32 [M, H]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
         stream,
     ):
         vectors = mOut.shape[1] // VECTOR
-        self.kernel(mY, mIds, mMap, mWeights, mOut, has_map, experts).launch(
+        self.kernel(mY, mIds, mMap, mWeights, mOut, has_map, num_local_experts).launch(
             grid=(mOut.shape[0] * cute.ceil_div(vectors, COMBINE_THREADS), 1, 1),
             block=(COMBINE_THREADS, 1, 1),
             stream=stream,
@@ -251,11 +251,11 @@ class Combine:
         self,
         mY: cute.Tensor,  # bf16 [M * T, H]
         mIds: cute.Tensor,  # int32 [M * T]
-        mMap: cute.Tensor,  # int32 [global experts]
+        mMap: cute.Tensor,  # int32 [num_global_experts]
         mWeights: cute.Tensor,  # f32 [M * T]
         mOut: cute.Tensor,  # bf16 or f32 [M, H]
         has_map: Int32,
-        experts: Int32,
+        num_local_experts: Int32,
     ):
         # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
@@ -270,7 +270,7 @@ class Combine:
         local = cute.make_rmem_tensor(self.topk, Int32)
         weight = cute.make_rmem_tensor(self.topk, Float32)
         for t in cutlass.range_constexpr(self.topk):
-            local[t] = local_expert(mIds, mMap, m * self.topk + t, has_map, experts)
+            local[t] = local_expert(mIds, mMap, m * self.topk + t, has_map, num_local_experts)
             weight[t] = mWeights[m * self.topk + t]
         # Wait for w2, which wrote `mY`
         cute.arch.griddepcontrol_wait()
