@@ -1,8 +1,22 @@
-"""Where a warp stands in a ring of pipeline stages."""
+"""A ring of pipeline stages: its barriers, and where a warp stands in it."""
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
+
+
+@cute.jit
+def init_ring(
+    full: cute.Pointer,
+    empty: cute.Pointer,
+    stages: cutlass.Constexpr[int],
+    producers: cutlass.Constexpr[int],
+    consumers: cutlass.Constexpr[int],
+):
+    """One thread's work: a phase of full[stage] ends with `producers` arrivals, of empty[stage] with `consumers`."""
+    for stage in cutlass.range_constexpr(stages):
+        cute.arch.mbarrier_init(full + stage, producers)
+        cute.arch.mbarrier_init(empty + stage, consumers)
 
 
 @cute.jit

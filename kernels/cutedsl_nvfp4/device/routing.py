@@ -14,17 +14,39 @@ Ids below zero, beyond the experts and those `expert_map` sends to -1 take no sl
 slots is not fixed: no result depends on it, each pair being one column of a tile.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 
 from .cluster import address_in_cluster, store_word_in_cluster
-from .ptx import smem_address
+from .ptx import load_coherent, smem_address
 
 MAX_EXPERTS = 1024  # local ones: one thread of Route each
 ROUTE_THREADS = MAX_EXPERTS
 COMBINE_THREADS = 256
 VECTOR = 8  # bf16 in 16 bytes
+
+
+class Entry(NamedTuple):
+    """A tile in Route's table: consecutive slots of one expert."""
+
+    expert: Int32
+    first_slot: Int32
+    slots: Int32
+
+
+def table_counts(table: Int64) -> tuple[Int32, Int32]:
+    """(tiles, slots) of the table at this address."""
+    tiles, slots, _, _ = load_coherent(table)
+    return tiles, slots
+
+
+def table_entry(table: Int64, tile: Int32) -> Entry:
+    """Entry number `tile` of the table at this address: rows of 16 bytes, of which the counts are the first."""
+    expert, first_slot, slots, _ = load_coherent(table + Int64(tile + 1) * 16)
+    return Entry(expert, first_slot, slots)
 
 
 @cute.jit
