@@ -27,7 +27,7 @@ from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
 from .linear_narrow import TOKEN_ROW_BYTES
-from .linear_wide import STEPS, SWIZZLE_ATOM, WideLinearKernel, panels_by_tokens
+from .linear_wide import STEPS, WideLinearKernel, panels_by_tokens
 from .ptx import arrive_after_copies, copy_async, store_matrices_transposed, weight_registers
 from .tiles import (
     BLOCK_CODE_BYTES,
@@ -38,7 +38,7 @@ from .tiles import (
     check_for_experts,
     expert_widths,
 )
-from .views import expert_view
+from .views import SWIZZLE_ATOM, expert_view
 
 CHUNK = 32  # slots staged through shared memory at a time
 # (producer's, consumers') by CTAs an SM, where two warpgroups consume: within 3 x 168, within 3 x 80.

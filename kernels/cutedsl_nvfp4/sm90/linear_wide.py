@@ -34,6 +34,7 @@ Reduction
 """
 
 from enum import IntEnum
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -43,17 +44,31 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.ptx import load_words, pack_bf16, settle, smem_address
-from ..device.ring import advance
+from ..device.ring import advance, init_ring
+from ..device.store import store_words
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
 from .ptx import store_matrices_transposed, store_shared, weight_registers
 from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, PANEL_ROWS, WideTile
-from .views import block_view, results_view, tokens_view
+from .views import (
+    Pipeline,
+    StageLayouts,
+    Weights,
+    block_view,
+    copy_weights,
+    one_stage,
+    partition_weights,
+    pipeline_in,
+    results_view,
+    stage_layouts,
+    token_layout,
+    tokens_view,
+    weights_by_tma,
+)
 
 STEPS = BLOCK_K // 16  # wgmmas of a block: k16 each
 PRODUCER_REGISTERS = 24  # the least that setmaxnreg takes
-SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128  # a token's 64 k of bf16 are one row of 128 bytes
 
 
 class Barrier(IntEnum):
@@ -64,6 +79,40 @@ class Barrier(IntEnum):
     PANEL_2 = 3
     LAG_0 = 4  # warpgroup 0 arrives, 1 waits
     LAG_1 = 5  # warpgroup 1 arrives, 2 waits
+
+
+class Grid(NamedTuple):
+    """The problem's tiles, and the items that CTAs take: the first are tiles, the others parts of the last tiles."""
+
+    token_group: Int32  # token tiles that are the fast index together
+    token_tiles: Int32
+    row_tiles: Int32
+    whole: Int32  # items that are tiles
+    items: Int32
+
+
+class Results(NamedTuple):
+    """What the epilogue reads and writes."""
+
+    row_scale: cute.Tensor  # f32 [N]
+    bias: cute.Tensor  # f32 [N], any tensor without has_bias
+    out: cute.Tensor  # bf16 or f32 [M, N]
+
+
+class BulkStore(NamedTuple):
+    """TMA of results, with `bulk`."""
+
+    atom: cute.CopyAtom
+    out: cute.Tensor  # bf16 (M, N)
+    layout: cute.ComposedLayout  # shared memory: (output tokens, 64 rows, buffers)
+
+
+class Place(NamedTuple):
+    """Where a tile, or a part of one, lies."""
+
+    first_token: Int32
+    row_tile: Int32
+    rank: Int32  # in the cluster
 
 
 def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
@@ -78,6 +127,16 @@ def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
         (PANEL_ROWS, tokens),
         warpgroup.OperandSource.RMEM,
     )
+
+
+def decode(registers: cute.Tensor, words: list, scale_words: list, steps: range, bias: Uint32) -> None:
+    """Decode the weights of k16 steps `steps` of a stage into `registers`, a ring of four for each step."""
+    ring = cute.size(registers)
+    for step in steps:
+        word = words[step // STEPS][step % STEPS]
+        scale_word = scale_words[step // STEPS][step % STEPS // 2]
+        for r, register in enumerate(weight_registers(word, scale_word, step % 2, bias)):
+            registers[(step * 4 + r) % ring] = settle(register)
 
 
 class WideLinearKernel:
@@ -117,56 +176,41 @@ class WideLinearKernel:
         stream,
     ):
         t = self.tile
-        tokens, stages, stage_k = t.tokens, t.stages, t.blocks * BLOCK_K
+        tokens, stages, stage_k, box = t.tokens, t.stages, t.blocks * BLOCK_K, (t.blocks, t.panels)
         panels = mCodes.shape[0]
-        atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
-        x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, t.blocks, t.panels, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, t.blocks, t.panels, stages))
+        layouts = stage_layouts(tokens, box, stages)
         load = cpasync.CopyBulkTensorTileG2SOp()
         share = cpasync.CopyBulkTensorTileG2SMulticastOp() if t.multicast > 1 else load
         x_atom, tX = cpasync.make_tiled_tma_atom(
             share,
             tokens_view(mX, k),
-            cute.slice_(cute.tile_to_shape(atom, (t.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
+            one_stage(token_layout(t.box, t.blocks, stages)),
             (t.box, stage_k),
             num_multicast=t.multicast,
         )
-        code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mCodes, CODE_WORDS),
-            cute.slice_(code_layout, (None, None, None, 0)),
-            (CODE_WORDS, t.blocks, t.panels),
+        weights = weights_by_tma(
+            block_view(mCodes, CODE_WORDS), block_view(mScales, SCALE_WORDS), layouts, box
         )
-        scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mScales, SCALE_WORDS),
-            cute.slice_(scale_layout, (None, None, None, 0)),
-            (SCALE_WORDS, t.blocks, t.panels),
-        )
-        bulk = cutlass.const_expr(t.bulk and self.aligned_rows and mOut.element_type.width == 16)
-        out_atom, tOut, out_layout = None, None, None
-        if cutlass.const_expr(bulk):
-            shape = (t.output_tokens, PANEL_ROWS, BULK_BUFFERS * t.panels)
-            out_layout = cute.tile_to_shape(atom, shape, order=(0, 1, 2))
-            out_atom, tOut = cpasync.make_tiled_tma_atom(
-                cpasync.CopyBulkTensorTileS2GOp(),
-                results_view(mOut),
-                cute.slice_(out_layout, (None, None, 0)),
-                (t.output_tokens, PANEL_ROWS),
+        bulk = None
+        if cutlass.const_expr(t.bulk and self.aligned_rows and mOut.element_type.width == 16):
+            out_box = (t.output_tokens, PANEL_ROWS)
+            out_layout = token_layout(t.output_tokens, PANEL_ROWS // BLOCK_K, BULK_BUFFERS * t.panels)
+            out_by_tma = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(), results_view(mOut), one_stage(out_layout), out_box
             )
+            bulk = BulkStore(*out_by_tma, out_layout)
 
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
             empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
             # 1024: the swizzle is a function of address bits, and repeats every 8 rows of 128 bytes
-            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(layouts.x)], 1024]
             # 128: what TMA asks of its target
-            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
-            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
+            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(layouts.codes)], 128]
+            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(layouts.scales)], 128]
             output: cute.struct.Align[
-                cute.struct.MemRange[Float32, t.output_bytes // 4], 1024 if bulk else 128
+                cute.struct.MemRange[Float32, t.output_bytes // 4], 128 if bulk is None else 1024
             ]
 
         self.shared = Shared
@@ -186,26 +230,13 @@ class WideLinearKernel:
         self.kernel(
             x_atom,
             tX,
-            code_atom,
-            tCodes,
-            scale_atom,
-            tScales,
-            mRowScale,
-            mBias,
-            mOut,
+            weights,
+            Results(mRowScale, mBias, mOut),
             panels_per_group,
             Uint32(scale_bias),
-            token_group,
-            token_tiles,
-            row_tiles,
-            whole,
-            items,
-            x_layout,
-            code_layout,
-            scale_layout,
-            out_atom,
-            tOut,
-            out_layout,
+            Grid(token_group, token_tiles, row_tiles, whole, items),
+            layouts,
+            bulk,
         ).launch(
             grid=(ctas, 1, 1),
             block=(t.threads, 1, 1),
@@ -221,29 +252,15 @@ class WideLinearKernel:
         self,
         x_atom: cute.CopyAtom,
         tX: cute.Tensor,  # bf16 (M, K, groups)
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,  # int64 (256, KB, P)
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,  # int32 (64, KB, P)
-        mRowScale: cute.Tensor,  # f32 [N]
-        mBias: cute.Tensor,  # f32 [N]
-        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+        weights: Weights,
+        results: Results,
         panels_per_group: Int32,
         scale_bias: Uint32,
-        token_group: Int32,
-        token_tiles: Int32,
-        row_tiles: Int32,
-        whole: Int32,
-        items: Int32,
-        x_layout: cute.ComposedLayout,  # (tokens, stage's k, stages)
-        code_layout: cute.Layout,  # (256, blocks, panels, stages)
-        scale_layout: cute.Layout,  # (64, blocks, panels, stages)
-        out_atom: cute.CopyAtom | None,
-        tOut: cute.Tensor | None,  # bf16 (M, N)
-        out_layout: cute.ComposedLayout | None,  # (output tokens, 64 rows, buffers)
+        grid: Grid,
+        layouts: StageLayouts,
+        bulk: BulkStore | None,
     ):
         t = self.tile
-        stages, stage_k = t.stages, t.blocks * BLOCK_K
         consumer_warps = 4 * t.panels
         cluster = t.split_k * t.multicast
         # The next kernel may start now: it waits for the whole of this one before it reads `out`.
@@ -254,115 +271,25 @@ class WideLinearKernel:
         rank = bid % cluster
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        reduced = empty + stages  # with `signal`: this CTA's partial sums are complete
-        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sCodes = storage.codes.get_tensor(code_layout)
-        sScales = storage.scales.get_tensor(scale_layout)
-
-        # Initialize the barriers
-        if warp == consumer_warps:
-            for atom in (x_atom, code_atom, scale_atom):
-                cpasync.prefetch_descriptor(atom)
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    # A multicast writes this stage of both CTAs, so that the warps of both have to be done with it.
-                    cute.arch.mbarrier_init(empty + stage, consumer_warps * t.multicast)
-                if cutlass.const_expr(t.signal):
-                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
-                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
-                    cute.arch.mbarrier_init(reduced, 1)
-                    cute.arch.mbarrier_arrive_and_expect_tx(
-                        reduced, owned * (t.split_k * t.panels * 128 * 16)
-                    )
-            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
-            cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(cluster > 1):
-            # No CTA may write into another one, or arrive on its barriers, before that one has got this far.
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+        pipeline = pipeline_in(storage, layouts)
+        self.start(warp, rank, x_atom, weights, pipeline)
 
         thread, _, _ = cute.arch.thread_idx()
 
         # Take this CTA's share of K, in stages
         first = Int32(0)
-        count = cute.ceil_div(tCodes.shape[1], t.blocks)
+        count = cute.ceil_div(weights.codes.shape[1], t.blocks)
         if cutlass.const_expr(t.split_k > 1):
             steps_total = count
             first = rank * steps_total // t.split_k
             count = (rank + 1) * steps_total // t.split_k - first
-        grid = (token_group, token_tiles, row_tiles)
 
         if warp >= consumer_warps:
             # setmaxnreg is for whole warpgroups; the producer of one panel is a warp alone.
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
-                sBoxes = cute.local_tile(sX, (t.box, stage_k), (None, 0, None))
-                gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.blocks, t.panels), (0, None, None))
-                gScales = cute.local_tile(tScales, (SCALE_WORDS, t.blocks, t.panels), (0, None, None))
-                member = rank if t.multicast > 1 else 0
-                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
-                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
-                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
-
-                # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
-                groups = tX.shape[2]
-                # Weights first, then tokens once the previous kernel's results are visible. The consumers need no
-                # wait of their own: they store only after tokens that were fetched after this one.
-                box, row_tile, boxes = self.item(bid // t.split_k, whole, *grid)
-                group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
-                # Fetch the first weights. The bytes announced are the whole stage's: it is not full before its tokens
-                # have come, too. With multicast half of those come from the other CTA, perhaps before this arrival,
-                # without which the stage is not full either.
-                for stage in cutlass.range_constexpr(stages):
-                    if stage < count:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                        at = first + stage
-                        cute.copy(
-                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        cute.copy(
-                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
-                        )
-                # Fetch the first tokens
-                cute.arch.griddepcontrol_wait()
-                for stage in cutlass.range_constexpr(stages):
-                    if stage < count:
-                        at = first + stage
-                        self.load_tokens(
-                            x_atom, tXg[None, None, at, group], tXs, box, boxes, Int32(stage), full + stage
-                        )
-                stage = cutlass.min(count, stages) % stages
-                phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
-                if count < stages:
-                    phase = Int32(1)  # and the rest of the ring is free
-                step = cutlass.min(count, stages)
-                for item in cutlass.range(bid // t.split_k, items, ctas, unroll=1):
-                    box, row_tile, boxes = self.item(item, whole, *grid)
-                    group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
-                    for at in cutlass.range(first + step, first + count, unroll=1):
-                        # Wait for a free stage
-                        cute.arch.mbarrier_wait(empty + stage, phase)
-                        # Issue the TMA loads
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                        cute.copy(
-                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        cute.copy(
-                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        self.load_tokens(
-                            x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
-                        )
-                        stage, phase = advance(stage, phase, stages)
-                    step = Int32(0)
+                self.produce(x_atom, tX, weights, pipeline, grid, rank, first, count, panels_per_group)
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
                 # partial sums. The barrier counts all threads of the cluster, so these must come, too.
@@ -373,18 +300,19 @@ class WideLinearKernel:
                 cute.arch.setmaxregister_increase(t.consumer_registers)
             stage = Int32(0)
             phase = Int32(0)
-            pipeline = (full, empty, sX, sCodes, sScales, scale_bias)
-            results = (out_atom, tOut, out_layout)
-            for tile in cutlass.range(bid // t.split_k, whole, ctas, unroll=1):
-                box, row_tile, _ = self.item(tile, whole, *grid)
-                place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                stage, phase = self.compute(t.tokens, thread, count, stage, phase, pipeline, place, results)
+            shared = (storage, pipeline, scale_bias)
+            for tile in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
+                box, row_tile, _ = self.item(tile, grid)
+                place = Place(box * t.box, row_tile, rank)
+                at = (thread, count, stage, phase)
+                stage, phase = self.compute(t.tokens, *at, place, *shared, results, bulk)
             if cutlass.const_expr(t.tail > 0):
-                for part in cutlass.range(whole + bid, items, ctas, unroll=1):
-                    box, row_tile, _ = self.item(part, whole, *grid)
-                    place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                    stage, phase = self.compute(t.tail, thread, count, stage, phase, pipeline, place, results)
-            if cutlass.const_expr(out_atom is not None):
+                for part in cutlass.range(grid.whole + bid, grid.items, ctas, unroll=1):
+                    box, row_tile, _ = self.item(part, grid)
+                    place = Place(box * t.box, row_tile, rank)
+                    at = (thread, count, stage, phase)
+                    stage, phase = self.compute(t.tail, *at, place, *shared, results, bulk)
+            if cutlass.const_expr(bulk is not None):
                 cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
             if cutlass.const_expr(t.multicast > 1):
                 # As the producer above: the other CTA's warps still release this one's stages.
@@ -392,33 +320,128 @@ class WideLinearKernel:
                 cute.arch.cluster_wait()
 
     @cute.jit
-    def tile_at(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+    def start(self, warp: Int32, rank: Int32, x_atom: cute.CopyAtom, weights: Weights, pipeline: Pipeline):
+        """Initialize the barriers."""
+        t = self.tile
+        consumer_warps = cutlass.const_expr(4 * t.panels)
+        reduced = pipeline.empty + t.stages  # with `signal`: this CTA's partial sums are complete
+        if warp == consumer_warps:
+            for atom in (x_atom, weights.code_atom, weights.scale_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                # A multicast writes a stage of both CTAs, so that the warps of both have to be done with it.
+                init_ring(pipeline.full, pipeline.empty, t.stages, 1, consumer_warps * t.multicast)
+                if cutlass.const_expr(t.signal):
+                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
+                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
+                    cute.arch.mbarrier_init(reduced, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(
+                        reduced, owned * (t.split_k * t.panels * 128 * 16)
+                    )
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(t.split_k * t.multicast > 1):
+            # No CTA may write into another one, or arrive on its barriers, before that one has got this far.
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+
+    @cute.jit
+    def produce(
+        self,
+        x_atom: cute.CopyAtom,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
+        weights: Weights,
+        pipeline: Pipeline,
+        grid: Grid,
+        rank: Int32,
+        first: Int32,
+        count: Int32,
+        panels_per_group: Int32,
+    ):
+        """The producer warp: fill `count` stages for every item of this CTA.
+
+        Weights first, then tokens once the previous kernel's results are visible. The consumers need no wait of
+        their own: they store only after tokens that were fetched after this one.
+        """
+        t = self.tile
+        stages, stage_k = t.stages, t.blocks * BLOCK_K
+        full, empty = pipeline.full, pipeline.empty
+        bid, _, _ = cute.arch.block_idx()
+        ctas, _, _ = cute.arch.grid_dim()
+        gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
+        sBoxes = cute.local_tile(pipeline.x, (t.box, stage_k), (None, 0, None))
+        member = rank if t.multicast > 1 else 0
+        tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
+        loads = partition_weights(weights, pipeline, (t.blocks, t.panels), (None, None))
+
+        # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
+        groups = tX.shape[2]
+        box, row_tile, boxes = self.item(bid // t.split_k, grid)
+        group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+        # Fetch the first weights. The bytes announced are the whole stage's: it is not full before its tokens
+        # have come, too. With multicast half of those come from the other CTA, perhaps before this arrival,
+        # without which the stage is not full either.
+        for stage in cutlass.range_constexpr(stages):
+            if stage < count:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                copy_weights(loads, (first + stage, row_tile), stage, full)
+        # Fetch the first tokens
+        cute.arch.griddepcontrol_wait()
+        for stage in cutlass.range_constexpr(stages):
+            if stage < count:
+                x = tXg[None, None, first + stage, group]
+                self.load_tokens(x_atom, x, tXs, box, boxes, Int32(stage), full + stage)
+        stage = cutlass.min(count, stages) % stages
+        phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
+        if count < stages:
+            phase = Int32(1)  # and the rest of the ring is free
+        step = cutlass.min(count, stages)
+        for item in cutlass.range(bid // t.split_k, grid.items, ctas, unroll=1):
+            box, row_tile, boxes = self.item(item, grid)
+            group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+            for at in cutlass.range(first + step, first + count, unroll=1):
+                # Wait for a free stage
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                # Issue the TMA loads
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                copy_weights(loads, (at, row_tile), stage, full)
+                x = tXg[None, None, at, group]
+                self.load_tokens(x_atom, x, tXs, box, boxes, stage, full + stage)
+                stage, phase = advance(stage, phase, stages)
+            step = Int32(0)
+
+    @cute.jit
+    def tile_at(self, index: Int32, grid: Grid):
         """Linear tile index -> (token tile, row tile); CTAs of a multicast pair take neighbouring rows."""
         t = self.tile
         pair = index // t.multicast
-        row_groups = row_tiles // t.multicast
-        group = pair // (token_group * row_groups)
-        width = cutlass.min(token_group, token_tiles - group * token_group)
-        inside = pair - group * token_group * row_groups
+        row_groups = grid.row_tiles // t.multicast
+        group = pair // (grid.token_group * row_groups)
+        width = cutlass.min(grid.token_group, grid.token_tiles - group * grid.token_group)
+        inside = pair - group * grid.token_group * row_groups
         row_tile = (inside // width) * t.multicast + index % t.multicast
-        return group * token_group + inside % width, row_tile
+        return group * grid.token_group + inside % width, row_tile
 
     @cute.jit
-    def item(self, index: Int32, whole: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+    def item(self, index: Int32, grid: Grid):
         """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
         t = self.tile
         if cutlass.const_expr(t.tail == 0):
-            box, row_tile = self.tile_at(index, token_group, token_tiles, row_tiles)
+            box, row_tile = self.tile_at(index, grid)
             boxes = Int32(1)
         else:
             parts = cutlass.const_expr(t.tokens // t.tail)
             tile, part, boxes = index, Int32(0), Int32(parts)
-            if index >= whole:
-                pair = (index - whole) // t.multicast
-                tile = whole + pair // parts * t.multicast + index % t.multicast
+            if index >= grid.whole:
+                pair = (index - grid.whole) // t.multicast
+                tile = grid.whole + pair // parts * t.multicast + index % t.multicast
                 part = pair % parts
                 boxes = Int32(1)
-            token_tile, row_tile = self.tile_at(tile, token_group, token_tiles, row_tiles)
+            token_tile, row_tile = self.tile_at(tile, grid)
             box = token_tile * parts + part
         return box, row_tile, boxes
 
@@ -496,25 +519,27 @@ class WideLinearKernel:
         count: Int32,
         stage: Int32,
         phase: Int32,
-        pipeline: tuple,
-        place: tuple,
-        results: tuple,
+        place: Place,
+        storage,
+        pipeline: Pipeline,
+        scale_bias: Uint32,
+        results: Results,
+        bulk: BulkStore | None,
     ):
         """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
         t = self.tile
-        first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
         # Read the row scales before the main loop, whose time hides the latency
         if cutlass.const_expr(t.split_k > 1):
-            row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
+            row_scales = self.load_reduced_scales(place.row_tile, thread, results.row_scale)
         else:
-            row_scales = self.load_row_scales(row_tile, thread, mRowScale)
-        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, *pipeline)
-        target = (row_tile, first_token, storage, row_scales, mBias)
+            row_scales = self.load_row_scales(place.row_tile, thread, results.row_scale)
+        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, pipeline, scale_bias)
+        target = (place, storage, row_scales, results)
         if cutlass.const_expr(t.split_k > 1):  # one tile
             reduced = (
                 storage.empty.data_ptr() + t.stages
             )  # with `signal`: this CTA's partial sums are complete
-            self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+            self.send_partials(acc, thread, place.rank, storage, smem_address(reduced))
             # Wait for the partial sums of every CTA
             if cutlass.const_expr(t.signal):
                 cute.arch.mbarrier_wait(
@@ -524,11 +549,11 @@ class WideLinearKernel:
                 # Release and acquire: the sums have arrived. The producer's threads arrive at the kernel's end.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
-            self.reduce_partials(thread, rank, *target, mOut)
-        elif cutlass.const_expr(results[0] is not None):
-            self.store_tile_bulk(acc, tokens, thread, *target, mOut.shape[1], results)
+            self.reduce_partials(thread, *target)
+        elif cutlass.const_expr(bulk is not None):
+            self.store_tile_bulk(acc, tokens, thread, *target, bulk)
         else:
-            self.store_tile(acc, tokens, thread, *target, mOut)
+            self.store_tile(acc, tokens, thread, *target)
         return stage, phase
 
     @cute.jit
@@ -539,11 +564,7 @@ class WideLinearKernel:
         count: Int32,
         stage: Int32,
         phase: Int32,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        sX: cute.Tensor,  # bf16 (tokens, stage's k, stages), 128B-swizzled
-        sCodes: cute.Tensor,  # int64 (256, blocks, panels, stages)
-        sScales: cute.Tensor,  # int32 (64, blocks, panels, stages)
+        pipeline: Pipeline,
         bias: Uint32,
     ):
         """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
@@ -553,7 +574,7 @@ class WideLinearKernel:
         row_warp = (thread % 128) // 32
         tiled_mma = panels_by_tokens(t.panels, tokens)
         thr_mma = tiled_mma.get_slice(thread)
-        sFirst = cute.local_tile(sX, (tokens, t.blocks * BLOCK_K, t.stages), (0, 0, 0))
+        sFirst = cute.local_tile(pipeline.x, (tokens, t.blocks * BLOCK_K, t.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
         if cutlass.const_expr(t.lag > 0):
             self.follow(panel, count)
@@ -565,8 +586,10 @@ class WideLinearKernel:
         panel_codes = t.blocks * BLOCK_CODE_BYTES
         panel_scales = t.blocks * BLOCK_SCALE_BYTES
         # Of a block: 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row (sm90/layout.py).
-        codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
-        scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
+        codes = smem_address(pipeline.codes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
+        scales = smem_address(pipeline.scales.iterator) + (
+            panel * panel_scales + row_warp * 64 + (lane // 4) * 8
+        )
         # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
         # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
         # serialize them (C7513).
@@ -574,7 +597,7 @@ class WideLinearKernel:
         previous = stage
         for i in cutlass.range(count, unroll=1):
             # Wait for a full stage and read its weights
-            cute.arch.mbarrier_wait(full + stage, phase)
+            cute.arch.mbarrier_wait(pipeline.full + stage, phase)
             words, scale_words = [], []
             for b in cutlass.range_constexpr(t.blocks):
                 words.append(load_words(codes + stage * (t.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
@@ -583,12 +606,7 @@ class WideLinearKernel:
                 )
             for half in cutlass.range_constexpr(2):
                 warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
-                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
-                    word = words[step // STEPS][step % STEPS]
-                    scale_word = scale_words[step // STEPS][step % STEPS // 2]
-                    decoded = weight_registers(word, scale_word, step % 2, bias)
-                    for r in cutlass.range_constexpr(4):
-                        weight_words[step * 4 + r] = settle(decoded[r])
+                decode(weight_words, words, scale_words, range(half * steps, (half + 1) * steps), bias)
                 # Issue the wgmmas; the fence orders the registers just written before they read them
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
@@ -596,7 +614,7 @@ class WideLinearKernel:
                     warpgroup.commit_group()
             # Give the previous stage back: the waits above have seen its last wgmmas end
             if i > 0:
-                self.release(empty, previous, lane)
+                self.release(pipeline.empty, previous, lane)
             if cutlass.const_expr(t.lag > 0):
                 self.lead(panel, i, count)
             previous = stage
@@ -604,7 +622,7 @@ class WideLinearKernel:
         # Wait for the sums and give the last stage back
         warpgroup.wait_group(0)
         if count > 0:
-            self.release(empty, previous, lane)
+            self.release(pipeline.empty, previous, lane)
         return acc, stage, phase
 
     @cute.jit
@@ -641,23 +659,53 @@ class WideLinearKernel:
                 cute.arch.barrier(barrier_id=Barrier.PANEL_1, number_of_threads=128)
 
     @cute.jit
+    def factors(
+        self,
+        row: Int32,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        results: Results,
+    ):
+        """What a thread multiplies its rows r = `row` and r + 8 by, and what it adds."""
+        factor = cute.make_rmem_tensor(2, Float32)
+        offset = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                offset[h] = results.bias[cutlass.min(row + 8 * h, results.out.shape[1] - 1)]
+        return factor, offset
+
+    def scaled(self, acc: cute.Tensor, octet: int, factor: cute.Tensor, offset: cute.Tensor) -> list[Float32]:
+        """A thread's results of 8 tokens: two tokens of row r, then of row r + 8."""
+        v = [acc[octet * 4 + i] * factor[i // 2] for i in range(4)]
+        return [v[i] + offset[i // 2] for i in range(4)] if self.has_bias else v
+
+    def stage_bf16(self, acc, chunk: int, octets: int, factor, offset, address: Int32, pitch: int) -> None:
+        """Write chunk number `chunk`, of so many octets of tokens, transposed to rows of tokens `pitch` bytes apart."""
+        for octet in range(octets):
+            v = self.scaled(acc, chunk * octets + octet, factor, offset)
+            packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
+            if octet % 2 == 0:
+                waiting = packed
+            else:
+                store_matrices_transposed(address + (octet - 1) * 8 * pitch, *waiting, *packed)
+
+    @cute.jit
     def store_tile(
         self,
         acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
         row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
-        mBias: cute.Tensor,  # f32 [N]
-        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+        results: Results,
     ):
         """Scale, transpose through shared memory a few tokens at a time, store rows of `out`.
 
         Each warpgroup stores its own panel without meeting the others: one stores while another multiplies.
         """
         t = self.tile
+        mOut = results.out
         wide_out = cutlass.const_expr(mOut.element_type.width == 32)
         chunk = cutlass.const_expr(t.output_tokens // 2 if wide_out else t.output_tokens)
         pitch = cutlass.const_expr(
@@ -668,59 +716,58 @@ class WideLinearKernel:
         inside = thread % 128
         lane = thread % 32
         row = inside // 32 * 16 + lane // 4
-        first_n = row_tile * t.rows + panel * PANEL_ROWS
-        factor = cute.make_rmem_tensor(2, Float32)
-        offset = cute.make_rmem_tensor(2, Float32)
-        for h in cutlass.range_constexpr(2):
-            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
-            if cutlass.const_expr(self.has_bias):
-                offset[h] = mBias[cutlass.min(first_n + row + 8 * h, mOut.shape[1] - 1)]
+        first_n = place.row_tile * t.rows + panel * PANEL_ROWS
+        factor, offset = self.factors(first_n + row, row_scales, results)
         buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
         matrix = lane // 8
         matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
-        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
-        elements = cutlass.const_expr(128 // mOut.element_type.width)
-        rows_per_pass = cutlass.const_expr(128 // per_row)
         for e in cutlass.range_constexpr(tokens // chunk):
             half_buffer = buffer + (e % 2) * (panel_bytes // 2)
-            for octet in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
-                if cutlass.const_expr(self.has_bias):
-                    v = [v[i] + offset[i // 2] for i in range(4)]
-                if cutlass.const_expr(wide_out):
+            if cutlass.const_expr(wide_out):
+                for octet in cutlass.range_constexpr(chunk // 8):
+                    v = self.scaled(acc, e * (chunk // 8) + octet, factor, offset)
                     for i in cutlass.range_constexpr(4):
                         token = octet * 8 + (lane % 4) * 2 + i % 2
                         store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
-                else:
-                    packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                    if cutlass.const_expr(octet % 2 == 0):
-                        waiting = packed
-                    else:
-                        store_matrices_transposed(
-                            half_buffer + matrix_address + (octet - 1) * 8 * pitch, *waiting, *packed
-                        )
+            else:
+                self.stage_bf16(acc, e, chunk // 8, factor, offset, half_buffer + matrix_address, pitch)
             # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
             # whoever writes this one again has met everybody after their reads.
             self.meet(panel)
-            for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
-                token = inside // per_row + j * rows_per_pass
-                m = first_token + e * chunk + token
-                n = first_n + inside % per_row * elements
-                if m < mOut.shape[0] and token < chunk:
-                    words = load_words(half_buffer + token * pitch + inside % per_row * 16, 4)
+            self.store_chunk(half_buffer, chunk, pitch, inside, place.first_token + e * chunk, first_n, mOut)
+
+    @cute.jit
+    def store_chunk(
+        self,
+        buffer: Int32,
+        chunk: cutlass.Constexpr[int],
+        pitch: cutlass.Constexpr[int],
+        inside: Int32,
+        first_m: Int32,
+        first_n: Int32,
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+    ):
+        """A warpgroup copies `chunk` rows of `out`, 64 columns of each, from shared memory, 16 bytes a thread."""
+        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
+        elements = cutlass.const_expr(128 // mOut.element_type.width)
+        rows_per_pass = cutlass.const_expr(128 // per_row)
+        for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
+            token = inside // per_row + j * rows_per_pass
+            m = first_m + token
+            n = first_n + inside % per_row * elements
+            if m < mOut.shape[0] and token < chunk:
+                words = load_words(buffer + token * pitch + inside % per_row * 16, 4)
+                if cutlass.const_expr(self.aligned_rows):
+                    if n < mOut.shape[1]:
+                        store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), words)
+                else:
                     piece = cute.make_rmem_tensor(4, Uint32)
                     for i in cutlass.range_constexpr(4):
                         piece[i] = words[i]
-                    if cutlass.const_expr(self.aligned_rows):
-                        if n < mOut.shape[1]:
-                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
-                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
-                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
-                    else:
-                        values = cute.recast_tensor(piece, mOut.element_type)
-                        for i in cutlass.range_constexpr(elements):
-                            if n + i < mOut.shape[1]:
-                                mOut[m, n + i] = values[i]
+                    values = cute.recast_tensor(piece, mOut.element_type)
+                    for i in cutlass.range_constexpr(elements):
+                        if n + i < mOut.shape[1]:
+                            mOut[m, n + i] = values[i]
 
     @cute.jit
     def store_tile_bulk(
@@ -728,13 +775,11 @@ class WideLinearKernel:
         acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
         row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
-        mBias: cute.Tensor,  # f32 [N]
-        n: Int32,
-        results: tuple,
+        results: Results,
+        bulk: BulkStore,
     ):
         """store_tile with TMA for the last step: a warpgroup's first warp sends each piece, and nobody waits for it.
 
@@ -742,24 +787,18 @@ class WideLinearKernel:
         write piece e + 1 after it.
         """
         t = self.tile
-        out_atom, tOut, out_layout = results
         chunk = cutlass.const_expr(t.output_tokens)
         piece_bytes = cutlass.const_expr(chunk * PANEL_ROWS * 2)
         panel = thread // 128
         inside = thread % 128
         lane = thread % 32
         sends = cute.arch.make_warp_uniform(inside // 32) == 0
-        factor = cute.make_rmem_tensor(2, Float32)
-        offset = cute.make_rmem_tensor(2, Float32)
-        for h in cutlass.range_constexpr(2):
-            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
-            if cutlass.const_expr(self.has_bias):
-                row = row_tile * t.rows + thread // 32 * 16 + lane // 4 + 8 * h
-                offset[h] = mBias[cutlass.min(row, n - 1)]
-        output = cute.recast_ptr(storage.output.data_ptr(), out_layout.inner, dtype=BFloat16)
-        sOut = cute.make_tensor(output, out_layout.outer)
-        gOut = cute.local_tile(tOut, (chunk, PANEL_ROWS), (None, None))
-        tOs, tOg = partition_loads(out_atom, sOut, gOut, 2)
+        row = place.row_tile * t.rows + thread // 32 * 16 + lane // 4
+        factor, offset = self.factors(row, row_scales, results)
+        output = cute.recast_ptr(storage.output.data_ptr(), bulk.layout.inner, dtype=BFloat16)
+        sOut = cute.make_tensor(output, bulk.layout.outer)
+        gOut = cute.local_tile(bulk.out, (chunk, PANEL_ROWS), (None, None))
+        tOs, tOg = partition_loads(bulk.atom, sOut, gOut, 2)
         # Row lane % 8 of matrix lane // 8: a token's 128 bytes of a panel's results, 128B-swizzled.
         matrix = lane // 8
         column = inside // 32 * 2 + matrix % 2
@@ -772,16 +811,8 @@ class WideLinearKernel:
         self.meet(panel)
         for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
-            for octet in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
-                if cutlass.const_expr(self.has_bias):
-                    v = [v[i] + offset[i // 2] for i in range(4)]
-                packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                if cutlass.const_expr(octet % 2 == 0):
-                    waiting = packed
-                else:
-                    target = address + (buffer * piece_bytes + (octet - 1) * 8 * PANEL_ROWS * 2)
-                    store_matrices_transposed(target, *waiting, *packed)
+            target = address + buffer * piece_bytes
+            self.stage_bf16(acc, e, chunk // 8, factor, offset, target, PANEL_ROWS * 2)
             # Hand the piece over: each thread makes its own writes visible to TMA's proxy, then all meet
             cute.arch.fence_view_async_shared()
             if sends:
@@ -789,8 +820,8 @@ class WideLinearKernel:
             self.meet(panel)
             # Issue the TMA store
             if sends:
-                piece = (first_token // chunk + e, row_tile * t.panels + panel)
-                cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
+                piece = (place.first_token // chunk + e, place.row_tile * t.panels + panel)
+                cute.copy(bulk.atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
                 cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
@@ -839,13 +870,10 @@ class WideLinearKernel:
     def reduce_partials(
         self,
         thread: Int32,
-        rank: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
         row_scales: cute.Tensor,  # f32 (8,), of this thread's rows
-        mBias: cute.Tensor,  # f32 [N]
-        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+        results: Results,
     ):
         """Add the token slices this CTA owns in ascending k order, scale, store.
 
@@ -854,6 +882,7 @@ class WideLinearKernel:
         would meet in the same banks.
         """
         t = self.tile
+        mOut = results.out
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
         lines = cutlass.const_expr(PANEL_ROWS * t.panels)  # of a slice: half as many as threads
         slice_words = cutlass.const_expr(128 * t.panels * 4)
@@ -861,12 +890,12 @@ class WideLinearKernel:
         line = thread % lines
         odd = line // 16 % 2
         word = line // 16 * 128 + line % 16
-        first_n = self.reduced_row(row_tile, thread)
+        first_n = self.reduced_row(place.row_tile, thread)
         elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
         for i in cutlass.range_constexpr(-(-slices // 2)):
             s = thread // lines + 2 * i
-            octet = s * t.split_k + rank
-            m = first_token + octet * 8 + line // 4 % 4 * 2 + line % 2
+            octet = s * t.split_k + place.rank
+            m = place.first_token + octet * 8 + line // 4 % 4 * 2 + line % 2
             if s < slices and octet < t.tokens // 8 and m < mOut.shape[0]:
                 total = [Float32(0.0) for _ in range(8)]
                 for source in cutlass.range_constexpr(t.split_k):
@@ -879,19 +908,15 @@ class WideLinearKernel:
                     value = total[r] if odd == 0 else total[r ^ 1]
                     value = value * (row_scales[r] * Float32(EPILOGUE_SCALE))
                     if cutlass.const_expr(self.has_bias):
-                        value = value + mBias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
+                        value = value + results.bias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
                     values[r] = value.to(mOut.element_type)
                 words = cute.recast_tensor(values, Uint32)
                 for q in cutlass.range_constexpr(8 // elements):
                     n = first_n + q * elements
                     if cutlass.const_expr(self.aligned_rows):
                         if n < mOut.shape[1]:
-                            piece = cute.make_rmem_tensor(4, Uint32)
-                            for j in cutlass.range_constexpr(4):
-                                piece[j] = words[4 * q + j]
-                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
-                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
-                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+                            piece = [words[4 * q + j] for j in range(4)]
+                            store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), piece)
                     else:
                         for j in cutlass.range_constexpr(elements):
                             if n + j < mOut.shape[1]:

@@ -103,9 +103,15 @@ def partition_weights(weights: Weights, pipeline: Pipeline, box: tuple, where: t
 
 @cute.jit
 def load_weights(loads: WeightLoads, box: tuple, stage: Int32, full: cute.Pointer, expected: Int32):
-    """Issue a stage's TMA loads of weights. Its barrier waits for `expected` bytes, with those of tokens by TMA."""
+    """Tell a stage's barrier to wait for `expected` bytes (with those of tokens by TMA), then load its weights."""
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
+    copy_weights(loads, box, stage, full)
+
+
+@cute.jit
+def copy_weights(loads: WeightLoads, box: tuple, stage: Int32, full: cute.Pointer):
+    """Issue the TMA loads of a stage's weights."""
     for atom, source, target in (
         (loads.code_atom, loads.codes, loads.code_stages),
         (loads.scale_atom, loads.scales, loads.scale_stages),
