@@ -156,43 +156,13 @@ class Route:
                 cute.arch.atomic_add(counts + expert, Int32(1), sem="relaxed", scope="cta")
         cute.arch.sync_threads()  # all pairs are counted: a relaxed atomic orders nothing by itself
 
-        # Exchange the counts between members: from here on thread e stands for expert e
+        # From here on thread e stands for expert e
         count = sCounts[thread]
         before = Int32(0)  # pairs of this thread's expert in members of lower rank
         if cutlass.const_expr(self.ctas > 1):
-            sTold = storage.told.get_tensor(cute.make_layout((MAX_EXPERTS, self.ctas)))
-            own = smem_address(storage.told.data_ptr()) + (rank * MAX_EXPERTS + thread) * 4
-            # Every member is there: shared memory of a CTA that has not started may not be written.
-            cute.arch.cluster_wait()
-            for member in cutlass.range_constexpr(self.ctas):
-                store_word_in_cluster(address_in_cluster(own, Int32(member)), count)
-            # Every member's counts have arrived (release, then acquire). Nobody writes to another one after
-            # this, so that a member may exit before the others.
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-            count = Int32(0)
-            for member in cutlass.range_constexpr(self.ctas):
-                if member < rank:
-                    before += sTold[thread, member]
-                count += sTold[thread, member]
-
-        # Inclusive sums over experts of slots and of tiles: within warps, then over warps.
+            count, before = self.exchange(storage.told, rank, thread, count)
         tiles = cute.ceil_div(count, tokens)
-        slots_sum, tiles_sum = count, tiles
-        for i in cutlass.range_constexpr(5):  # 2^5 lanes
-            slots_below = cute.arch.shuffle_sync_up(slots_sum, 1 << i)
-            tiles_below = cute.arch.shuffle_sync_up(tiles_sum, 1 << i)
-            if lane >= 1 << i:
-                slots_sum += slots_below
-                tiles_sum += tiles_below
-        if lane == 31:
-            sSums[warp] = slots_sum
-            sSums[32 + warp] = tiles_sum
-        cute.arch.sync_threads()  # the sums of all 32 warps are there; every count has been read
-        for w in cutlass.range_constexpr(31):  # the last warp has 31 before it
-            if w < warp:
-                slots_sum += sSums[w]
-                tiles_sum += sSums[32 + w]
+        slots_sum, tiles_sum = self.scan(sSums, lane, warp, count, tiles)
         first = slots_sum - count
         if cutlass.const_expr(mPlaces is not None):
             first = (tiles_sum - tiles) * tokens
@@ -221,6 +191,53 @@ class Route:
             mTable[row + i, 0] = thread
             mTable[row + i, 1] = first + begin
             mTable[row + i, 2] = cutlass.min((i + 1) * steps // tiles * step, count) - begin
+
+    @cute.jit
+    def exchange(self, told, rank: Int32, thread: Int32, own_count: Int32):
+        """Members tell each other their pairs of expert `thread` -> (of all members, of those of lower rank)."""
+        sTold = told.get_tensor(cute.make_layout((MAX_EXPERTS, self.ctas)))
+        own = smem_address(told.data_ptr()) + (rank * MAX_EXPERTS + thread) * 4
+        # Every member is there: shared memory of a CTA that has not started may not be written.
+        cute.arch.cluster_wait()
+        for member in cutlass.range_constexpr(self.ctas):
+            store_word_in_cluster(address_in_cluster(own, Int32(member)), own_count)
+        # Every member's counts have arrived (release, then acquire). Nobody writes to another one after
+        # this, so that a member may exit before the others.
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        count, before = Int32(0), Int32(0)
+        for member in cutlass.range_constexpr(self.ctas):
+            if member < rank:
+                before += sTold[thread, member]
+            count += sTold[thread, member]
+        return count, before
+
+    @cute.jit
+    def scan(
+        self,
+        sSums: cute.Tensor,  # int32 (64,): slots of each warp's experts, then tiles
+        lane: Int32,
+        warp: Int32,
+        slots: Int32,
+        tiles: Int32,
+    ):
+        """Inclusive sums over experts -> (slots, tiles): within warps, then over warps."""
+        slots_sum, tiles_sum = slots, tiles
+        for i in cutlass.range_constexpr(5):  # 2^5 lanes
+            slots_below = cute.arch.shuffle_sync_up(slots_sum, 1 << i)
+            tiles_below = cute.arch.shuffle_sync_up(tiles_sum, 1 << i)
+            if lane >= 1 << i:
+                slots_sum += slots_below
+                tiles_sum += tiles_below
+        if lane == 31:
+            sSums[warp] = slots_sum
+            sSums[32 + warp] = tiles_sum
+        cute.arch.sync_threads()  # the sums of all 32 warps are there; every count has been read
+        for w in cutlass.range_constexpr(31):  # the last warp has 31 before it
+            if w < warp:
+                slots_sum += sSums[w]
+                tiles_sum += sSums[32 + w]
+        return slots_sum, tiles_sum
 
 
 class SlotRoute(Route):

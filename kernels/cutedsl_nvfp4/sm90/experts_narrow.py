@@ -312,16 +312,12 @@ class NarrowExpertsKernel(NarrowLinearKernel):
                 n = panel * panel_results + (rank * (units // halves) + unit) * 8 + lane // 4
                 token = pair // 32 * 8 + (lane % 4) * 2
                 if n < results.out.shape[1] and token < entry.slots:
-                    sums = [[Float32(0.0), Float32(0.0)] for _ in range(halves)]
+                    sums = []
                     for h in cutlass.range_constexpr(halves):
-                        scale = results.row_scale[entry.expert, n + h * results.out.shape[1]] * Float32(
-                            EPILOGUE_SCALE
-                        )
-                        for source in cutlass.range_constexpr(t.split_k * t.k_warps):
-                            for v in cutlass.range_constexpr(2):
-                                sums[h][v] = sums[h][v] + sPartials[v, pair, h, unit, source]
-                        for v in cutlass.range_constexpr(2):
-                            sums[h][v] = sums[h][v] * scale
+                        factor = results.row_scale[entry.expert, n + h * results.out.shape[1]]
+                        factor = factor * Float32(EPILOGUE_SCALE)
+                        total = self.add_partials(sPartials, pair, h, unit)
+                        sums.append([total[v] * factor for v in range(2)])
                     for v in cutlass.range_constexpr(2):
                         if token + v < entry.slots:
                             row = entry.first_slot + token + v

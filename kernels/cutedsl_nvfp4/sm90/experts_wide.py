@@ -184,17 +184,9 @@ class WideExpertsKernel(WideLinearKernel):
             if cutlass.const_expr(t.panels > 1):  # one consumer warpgroup has enough registers
                 cute.arch.setmaxregister_decrease(REGISTERS[t.ctas_per_sm][0])
             loads = partition_weights(weights, pipeline, (t.blocks, t.panels), (None, None, None))
-            # Fetch w2's first weights while w13 runs, which does not write them, then wait for w13
-            early = Int32(0)  # stages whose weights do not wait for the previous kernel
-            if cutlass.const_expr(not self.activated):
-                if bid < items:
-                    early = cutlass.min(count, t.stages)
-                    if warp == consumer_warps:
-                        expert = table_entry(table, bid // row_tiles).expert
-                        for stage in cutlass.range(early, unroll=1):
-                            box = (stage, bid % row_tiles, expert)
-                            load_weights(loads, box, stage, pipeline.full, t.stage_weight_bytes)
-                cute.arch.griddepcontrol_wait()
+            early = self.fetch_early(
+                warp == consumer_warps, bid, items, row_tiles, count, table, pipeline, loads
+            )
             producer = (thread - 128 * self.warpgroups, warp == consumer_warps)
             share = (bid, ctas, items, row_tiles, count, early)
             self.produce(*producer, *share, mX, mPairs, table, topk, pipeline, loads)
@@ -333,15 +325,8 @@ class WideExpertsKernel(WideLinearKernel):
         for q in cutlass.range_constexpr(panels):
             sums[q].fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        panel_codes = t.blocks * BLOCK_CODE_BYTES
-        panel_scales = t.blocks * BLOCK_SCALE_BYTES
-        first_panel = thread // 128 * panels
-        codes = smem_address(pipeline.codes.iterator) + (
-            first_panel * panel_codes + row_warp * 512 + lane * 16
-        )
-        scales = smem_address(pipeline.scales.iterator) + (
-            first_panel * panel_scales + row_warp * 64 + (lane // 4) * 8
-        )
+        panel_codes, panel_scales = t.blocks * BLOCK_CODE_BYTES, t.blocks * BLOCK_SCALE_BYTES
+        codes, scales = self.weight_addresses(pipeline, thread // 128 * panels, row_warp, lane)
         steps = cutlass.const_expr(t.blocks * STEPS)
         previous = stage
         # No branch may stand between a wait_group and the wgmmas after it, and no decode may sink between
@@ -402,6 +387,31 @@ class WideExpertsKernel(WideLinearKernel):
         return factor
 
     @cute.jit
+    def fetch_early(
+        self,
+        fetches_weights: cutlass.Boolean,
+        bid: Int32,
+        items: Int32,
+        row_tiles: Int32,
+        count: Int32,
+        table: Int64,
+        pipeline: Pipeline,
+        loads: WeightLoads,
+    ):
+        """Fetch w2's first weights while w13 runs, which does not write them, and wait for w13 -> stages fetched."""
+        early = Int32(0)
+        if cutlass.const_expr(not self.activated):
+            if bid < items:
+                early = cutlass.min(count, self.tile.stages)
+                if fetches_weights:
+                    expert = table_entry(table, bid // row_tiles).expert
+                    for stage in cutlass.range(early, unroll=1):
+                        box = (stage, bid % row_tiles, expert)
+                        load_weights(loads, box, stage, pipeline.full, self.tile.stage_weight_bytes)
+            cute.arch.griddepcontrol_wait()
+        return early
+
+    @cute.jit
     def produce(
         self,
         thread: Int32,
@@ -428,7 +438,9 @@ class WideExpertsKernel(WideLinearKernel):
         rows = cutlass.const_expr(t.tokens // 16)
         row = thread // 8
         chunk = thread % 8
-        inside = row * TOKEN_ROW_BYTES + (chunk ^ (row % 8)) * 16
+        inside = (
+            row * TOKEN_ROW_BYTES + (chunk ^ (row % 8)) * 16
+        )  # of a block in shared memory, 128B-swizzled
         pitch = mX.stride[0] // 8  # of rows, in units of 16 bytes: offsets fit 32 bits
         sources = cute.make_rmem_tensor(rows if self.activated else 1, Int32)
         stage = Int32(0)
@@ -453,27 +465,46 @@ class WideExpertsKernel(WideLinearKernel):
                     box = (at, row_tile, entry.expert)
                     load_weights(loads, box, stage, pipeline.full, t.stage_weight_bytes)
                 early -= 1
-                # Copy its tokens; beyond K there are zeros
-                for b in cutlass.range_constexpr(t.blocks):
-                    block = at * t.blocks + b
-                    size = Int32(0)
-                    if block * BLOCK_K + chunk * 8 < mX.shape[1]:
-                        size = Int32(16)
-                    column = mX.iterator.toint() + Int64(block) * TOKEN_ROW_BYTES
-                    target = smem_address(pipeline.x.iterator)
-                    target = target + (stage * t.blocks + b) * (t.tokens * TOKEN_ROW_BYTES) + inside
-                    for i in cutlass.range_constexpr(rows):
-                        source = sources[i] if self.activated else sources[0] + Int32(i * 16 * pitch)
-                        copy_async(
-                            target + i * (16 * TOKEN_ROW_BYTES),
-                            column + Int64(source) * 16,
-                            size,
-                            row + 16 * i < entry.slots,
-                        )
-                # Arrive when the copies have landed, which nobody waits for here
-                arrive_after_copies(smem_address(pipeline.full + stage))
+                # Copy its tokens
+                self.gather(row, chunk, inside, pitch, mX, sources, entry, at, stage, pipeline)
                 stage, phase = advance(stage, phase, t.stages)
             entry = next_entry
+
+    @cute.jit
+    def gather(
+        self,
+        row: Int32,
+        chunk: Int32,
+        inside: Int32,
+        pitch: Int32,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        sources: cute.Tensor,  # int32 (tokens / 16,), or the first alone
+        entry: Entry,
+        step: Int32,
+        stage: Int32,
+        pipeline: Pipeline,
+    ):
+        """Copy k step `step` of the tile's rows into a stage; beyond K there are zeros."""
+        t = self.tile
+        rows = cutlass.const_expr(t.tokens // 16)
+        for b in cutlass.range_constexpr(t.blocks):
+            block = step * t.blocks + b
+            size = Int32(0)
+            if block * BLOCK_K + chunk * 8 < mX.shape[1]:
+                size = Int32(16)
+            column = mX.iterator.toint() + Int64(block) * TOKEN_ROW_BYTES
+            target = smem_address(pipeline.x.iterator)
+            target = target + (stage * t.blocks + b) * (t.tokens * TOKEN_ROW_BYTES) + inside
+            for i in cutlass.range_constexpr(rows):
+                source = sources[i] if self.activated else sources[0] + Int32(i * 16 * pitch)
+                copy_async(
+                    target + i * (16 * TOKEN_ROW_BYTES),
+                    column + Int64(source) * 16,
+                    size,
+                    row + 16 * i < entry.slots,
+                )
+        # Arrive when the copies have landed, which nobody waits for here
+        arrive_after_copies(smem_address(pipeline.full + stage))
 
     @cute.jit
     def store_slots(

@@ -367,6 +367,13 @@ class NarrowLinearKernel:
             scales[i] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
         return scales
 
+    def add_partials(self, sPartials: cute.Tensor, *where: Int32) -> list[Float32]:
+        """Two tokens' sums of one row over sPartials[:, *where, :], in ascending k order."""
+        total = [Float32(0.0), Float32(0.0)]
+        for source in range(self.tile.split_k * self.tile.k_warps):
+            total = [total[v] + sPartials[(v, *where, source)] for v in range(2)]
+        return total
+
     @cute.jit
     def finish(
         self,
@@ -391,10 +398,7 @@ class NarrowLinearKernel:
                 m = place.token_tile * t.tokens + (pair % (t.tokens * 4)) // 32 * 8 + (lane % 4) * 2
                 if n < results.out.shape[1]:
                     scale = row_scales[i] * Float32(EPILOGUE_SCALE)
-                    total = [Float32(0.0), Float32(0.0)]
-                    for source in cutlass.range_constexpr(t.split_k * t.k_warps):
-                        for v in cutlass.range_constexpr(2):
-                            total[v] = total[v] + sPartials[v, pair, source]
+                    total = self.add_partials(sPartials, pair)
                     for v in cutlass.range_constexpr(2):
                         value = total[v] * scale
                         if cutlass.const_expr(self.has_bias):

@@ -216,17 +216,7 @@ class WideLinearKernel:
         self.shared = Shared
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
         row_tiles = cute.round_up(cute.ceil_div(panels, t.panels), t.multicast)
-        tiles = token_tiles * row_tiles
-        ctas = tiles * t.split_k
-        whole, items = tiles, tiles  # the first `whole` items are tiles, the others parts of tiles
-        if cutlass.const_expr(t.persistent):
-            if cutlass.const_expr(t.tail > 0):
-                parts = cutlass.const_expr(t.tokens // t.tail)
-                rest = tiles % max_ctas
-                if rest * parts <= (parts - 1) * max_ctas:
-                    whole = tiles - rest
-                    items = whole + rest * parts
-            ctas = cutlass.min(items, max_ctas)
+        whole, items, ctas = self.share_tiles(token_tiles * row_tiles, max_ctas)
         self.kernel(
             x_atom,
             tX,
@@ -246,6 +236,22 @@ class WideLinearKernel:
             stream=stream,
             use_pdl=True,
         )
+
+    @cute.jit
+    def share_tiles(self, tiles: Int32, max_ctas: Int32):
+        """-> (items that are tiles, all items, CTAs): the last tiles are cut where that gives every CTA less."""
+        t = self.tile
+        ctas = tiles * t.split_k
+        whole, items = tiles, tiles
+        if cutlass.const_expr(t.persistent):
+            if cutlass.const_expr(t.tail > 0):
+                parts = cutlass.const_expr(t.tokens // t.tail)
+                rest = tiles % max_ctas
+                if rest * parts <= (parts - 1) * max_ctas:
+                    whole = tiles - rest
+                    items = whole + rest * parts
+            ctas = cutlass.min(items, max_ctas)
+        return whole, items, ctas
 
     @cute.kernel
     def kernel(
@@ -289,7 +295,9 @@ class WideLinearKernel:
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                self.produce(x_atom, tX, weights, pipeline, grid, rank, first, count, panels_per_group)
+                self.produce(
+                    x_atom, tX, weights, pipeline, grid, bid, ctas, rank, first, count, panels_per_group
+                )
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
                 # partial sums. The barrier counts all threads of the cluster, so these must come, too.
@@ -298,22 +306,7 @@ class WideLinearKernel:
         else:
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_increase(t.consumer_registers)
-            stage = Int32(0)
-            phase = Int32(0)
-            shared = (storage, pipeline, scale_bias)
-            for tile in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
-                box, row_tile, _ = self.item(tile, grid)
-                place = Place(box * t.box, row_tile, rank)
-                at = (thread, count, stage, phase)
-                stage, phase = self.compute(t.tokens, *at, place, *shared, results, bulk)
-            if cutlass.const_expr(t.tail > 0):
-                for part in cutlass.range(grid.whole + bid, grid.items, ctas, unroll=1):
-                    box, row_tile, _ = self.item(part, grid)
-                    place = Place(box * t.box, row_tile, rank)
-                    at = (thread, count, stage, phase)
-                    stage, phase = self.compute(t.tail, *at, place, *shared, results, bulk)
-            if cutlass.const_expr(bulk is not None):
-                cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
+            self.consume(thread, bid, ctas, rank, count, grid, storage, pipeline, scale_bias, results, bulk)
             if cutlass.const_expr(t.multicast > 1):
                 # As the producer above: the other CTA's warps still release this one's stages.
                 cute.arch.cluster_arrive()
@@ -355,6 +348,8 @@ class WideLinearKernel:
         weights: Weights,
         pipeline: Pipeline,
         grid: Grid,
+        bid: Int32,
+        ctas: Int32,
         rank: Int32,
         first: Int32,
         count: Int32,
@@ -368,8 +363,6 @@ class WideLinearKernel:
         t = self.tile
         stages, stage_k = t.stages, t.blocks * BLOCK_K
         full, empty = pipeline.full, pipeline.empty
-        bid, _, _ = cute.arch.block_idx()
-        ctas, _, _ = cute.arch.grid_dim()
         gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
         sBoxes = cute.local_tile(pipeline.x, (t.box, stage_k), (None, 0, None))
         member = rank if t.multicast > 1 else 0
@@ -413,6 +406,38 @@ class WideLinearKernel:
                 self.load_tokens(x_atom, x, tXs, box, boxes, stage, full + stage)
                 stage, phase = advance(stage, phase, stages)
             step = Int32(0)
+
+    @cute.jit
+    def consume(
+        self,
+        thread: Int32,
+        bid: Int32,
+        ctas: Int32,
+        rank: Int32,
+        count: Int32,
+        grid: Grid,
+        storage,
+        pipeline: Pipeline,
+        scale_bias: Uint32,
+        results: Results,
+        bulk: BulkStore | None,
+    ):
+        """A consumer warpgroup: compute every item of this CTA, tiles first."""
+        t = self.tile
+        stage = Int32(0)
+        phase = Int32(0)
+        operands = (storage, pipeline, scale_bias, results, bulk)
+        for tile in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
+            box, row_tile, _ = self.item(tile, grid)
+            at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+            stage, phase = self.compute(t.tokens, *at, *operands)
+        if cutlass.const_expr(t.tail > 0):
+            for part in cutlass.range(grid.whole + bid, grid.items, ctas, unroll=1):
+                box, row_tile, _ = self.item(part, grid)
+                at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+                stage, phase = self.compute(t.tail, *at, *operands)
+        if cutlass.const_expr(bulk is not None):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
 
     @cute.jit
     def tile_at(self, index: Int32, grid: Grid):
@@ -556,6 +581,17 @@ class WideLinearKernel:
             self.store_tile(acc, tokens, thread, *target)
         return stage, phase
 
+    def weight_addresses(self, pipeline: Pipeline, panel: Int32, row_warp: Int32, lane: Int32):
+        """-> where a thread reads codes and scales of a panel's first block in the first stage (sm90/layout.py)."""
+        panel_codes = self.tile.blocks * BLOCK_CODE_BYTES
+        panel_scales = self.tile.blocks * BLOCK_SCALE_BYTES
+        # 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row
+        codes = smem_address(pipeline.codes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
+        scales = smem_address(pipeline.scales.iterator) + (
+            panel * panel_scales + row_warp * 64 + (lane // 4) * 8
+        )
+        return codes, scales
+
     @cute.jit
     def accumulate(
         self,
@@ -583,12 +619,10 @@ class WideLinearKernel:
         acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((t.rows, tokens)), Float32)
         acc.fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        panel_codes = t.blocks * BLOCK_CODE_BYTES
-        panel_scales = t.blocks * BLOCK_SCALE_BYTES
-        # Of a block: 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row (sm90/layout.py).
-        codes = smem_address(pipeline.codes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
-        scales = smem_address(pipeline.scales.iterator) + (
-            panel * panel_scales + row_warp * 64 + (lane // 4) * 8
+        codes, scales = self.weight_addresses(pipeline, panel, row_warp, lane)
+        stage_codes, stage_scales = (
+            t.panels * t.blocks * BLOCK_CODE_BYTES,
+            t.panels * t.blocks * BLOCK_SCALE_BYTES,
         )
         # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
         # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
@@ -600,10 +634,8 @@ class WideLinearKernel:
             cute.arch.mbarrier_wait(pipeline.full + stage, phase)
             words, scale_words = [], []
             for b in cutlass.range_constexpr(t.blocks):
-                words.append(load_words(codes + stage * (t.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
-                scale_words.append(
-                    load_words(scales + stage * (t.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
-                )
+                words.append(load_words(codes + stage * stage_codes + b * BLOCK_CODE_BYTES, 4))
+                scale_words.append(load_words(scales + stage * stage_scales + b * BLOCK_SCALE_BYTES, 2))
             for half in cutlass.range_constexpr(2):
                 warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
                 decode(weight_words, words, scale_words, range(half * steps, (half + 1) * steps), bias)
@@ -891,7 +923,6 @@ class WideLinearKernel:
         odd = line // 16 % 2
         word = line // 16 * 128 + line % 16
         first_n = self.reduced_row(place.row_tile, thread)
-        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
         for i in cutlass.range_constexpr(-(-slices // 2)):
             s = thread // lines + 2 * i
             octet = s * t.split_k + place.rank
@@ -910,14 +941,26 @@ class WideLinearKernel:
                     if cutlass.const_expr(self.has_bias):
                         value = value + results.bias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
                     values[r] = value.to(mOut.element_type)
-                words = cute.recast_tensor(values, Uint32)
-                for q in cutlass.range_constexpr(8 // elements):
-                    n = first_n + q * elements
-                    if cutlass.const_expr(self.aligned_rows):
-                        if n < mOut.shape[1]:
-                            piece = [words[4 * q + j] for j in range(4)]
-                            store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), piece)
-                    else:
-                        for j in cutlass.range_constexpr(elements):
-                            if n + j < mOut.shape[1]:
-                                mOut[m, n + j] = values[q * elements + j]
+                self.store_values(values, m, first_n, mOut)
+
+    @cute.jit
+    def store_values(
+        self,
+        values: cute.Tensor,  # of out's type (8,)
+        m: Int32,
+        first_n: Int32,
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+    ):
+        """Eight columns of a row of `out` from registers, 16 bytes at a time."""
+        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
+        words = cute.recast_tensor(values, Uint32)
+        for q in cutlass.range_constexpr(8 // elements):
+            n = first_n + q * elements
+            if cutlass.const_expr(self.aligned_rows):
+                if n < mOut.shape[1]:
+                    piece = [words[4 * q + j] for j in range(4)]
+                    store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), piece)
+            else:
+                for j in cutlass.range_constexpr(elements):
+                    if n + j < mOut.shape[1]:
+                        mOut[m, n + j] = values[q * elements + j]
