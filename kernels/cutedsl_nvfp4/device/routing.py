@@ -232,7 +232,7 @@ class Route:
         if lane == 31:
             sSums[warp] = slots_sum
             sSums[32 + warp] = tiles_sum
-        cute.arch.sync_threads()  # the sums of all 32 warps are there; every count has been read
+        cute.arch.sync_threads()  # the sums of all 32 warps are there
         for w in cutlass.range_constexpr(31):  # the last warp has 31 before it
             if w < warp:
                 slots_sum += sSums[w]

@@ -142,7 +142,7 @@ class WideExpertsKernel(WideLinearKernel):
         ).launch(
             grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
             block=(self.threads, 1, 1),
-            preferred_smem_carveout=100,
+            preferred_smem_carveout=100,  # per cent: ctas_per_sm counts on all of it
             min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
             use_pdl=True,
@@ -301,7 +301,7 @@ class WideExpertsKernel(WideLinearKernel):
         bias: Uint32,
         results: Results,
     ):
-        """WideLinear.accumulate for the first `tokens` slots -> (sums of each panel, scales of a thread's weight
+        """WideLinearKernel.accumulate for the first `tokens` slots -> (sums of each panel, scales of a thread's weight
         rows in each panel, rows of `out` of every 128th slot, next stage, its phase).
 
         A warpgroup decodes `part` steps while the wgmmas of those before run. What the epilogue reads from memory

@@ -74,9 +74,9 @@ PRODUCER_REGISTERS = 24  # the least that setmaxnreg takes
 class Barrier(IntEnum):
     """Named barriers of a CTA; 0 is reserved for sync_threads."""
 
-    PANEL_0 = 1  # the 128 threads of warpgroup 0, of 1, of 2
-    PANEL_1 = 2
-    PANEL_2 = 3
+    WARPGROUP_0 = 1  # its 128 threads meet
+    WARPGROUP_1 = 2
+    WARPGROUP_2 = 3
     LAG_0 = 4  # warpgroup 0 arrives, 1 waits
     LAG_1 = 5  # warpgroup 1 arrives, 2 waits
 
@@ -230,7 +230,7 @@ class WideLinearKernel:
         ).launch(
             grid=(ctas, 1, 1),
             block=(t.threads, 1, 1),
-            preferred_smem_carveout=100,
+            preferred_smem_carveout=100,  # per cent: ctas_per_sm counts on all of it
             cluster=(t.split_k * t.multicast, 1, 1),
             min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
@@ -680,15 +680,15 @@ class WideLinearKernel:
     def meet(self, group: Int32):
         """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
         if group == 0:
-            cute.arch.barrier(barrier_id=Barrier.PANEL_0, number_of_threads=128)
+            cute.arch.barrier(barrier_id=Barrier.WARPGROUP_0, number_of_threads=128)
         else:
             if cutlass.const_expr(self.tile.panels == 3):
                 if group == 1:
-                    cute.arch.barrier(barrier_id=Barrier.PANEL_1, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.WARPGROUP_1, number_of_threads=128)
                 else:
-                    cute.arch.barrier(barrier_id=Barrier.PANEL_2, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.WARPGROUP_2, number_of_threads=128)
             else:
-                cute.arch.barrier(barrier_id=Barrier.PANEL_1, number_of_threads=128)
+                cute.arch.barrier(barrier_id=Barrier.WARPGROUP_1, number_of_threads=128)
 
     @cute.jit
     def factors(
