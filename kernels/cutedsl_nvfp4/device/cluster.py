@@ -34,6 +34,7 @@ def store_word_in_cluster(address: Int32, value: Int32, *, loc=None, ip=None):
 @dsl_user_op
 def signal_in_cluster(address: Int32, values, barrier: Int32, *, loc=None, ip=None):
     """store_in_cluster without a cluster barrier: `barrier`, in the same CTA, counts the bytes once they are there."""
+    # .weak: only the barrier's wait orders the values, for whoever waits; complete_tx counts 4 n bytes
     n = len(values)
     operands = [v.ir_value(loc=loc, ip=ip) for v in (address, *values, barrier)]
     registers = ", ".join(f"${i + 1}" for i in range(n))

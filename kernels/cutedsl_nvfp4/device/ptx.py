@@ -8,7 +8,10 @@ from cutlass.cutlass_dsl import dsl_user_op
 
 
 def asm(result, operands, text, constraints, loc, ip, volatile=False):
-    """PTX `text` as one operation; `volatile` where it must stay in place although nothing reads its result."""
+    """PTX `text` as one operation; `volatile` where it must stay in place although nothing reads its result.
+
+    Accesses to shared memory also name "~{memory}", so that the compiler moves no other access across them.
+    """
     return llvm.inline_asm(
         result,
         operands,
@@ -71,6 +74,7 @@ def load_matrices(address: Int32, *, loc=None, ip=None):
 @dsl_user_op
 def load_coherent(address: Int64, *, loc=None, ip=None):
     """Four Int32 from global memory past L1: for what a kernel before the previous one wrote."""
+    # A weak load may return what L1 held earlier, because this kernel has not waited for that one.
     types = [T.i32()] * 4
     text = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
     operands = [address.ir_value(loc=loc, ip=ip)]
@@ -81,7 +85,7 @@ def load_coherent(address: Int64, *, loc=None, ip=None):
 @dsl_user_op
 def pack_bf16(low: Float32, high: Float32, *, loc=None, ip=None) -> Uint32:
     """Two f32 -> bf16x2, round to nearest even."""
-    operands = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]
+    operands = [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)]  # cvt takes the upper half first
     return Uint32(asm(T.i32(), operands, "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", loc, ip))
 
 

@@ -1,28 +1,33 @@
 """NVFP4 W4A16 expert products for few tokens an expert on Hopper: a CTA streams panel after panel.
 
-narrow_experts.py with one warp for a row's whole K: sums never leave their thread, so there is no exchange,
+experts_narrow.py with one warp for a row's whole K: sums never leave their thread, so there is no exchange,
 no barrier, and the producer warp fetches the next panel's weights during the epilogue. For weights whose K
 is short, and wherever there are more panels than the machine holds at once.
 
-Equations, operands and pipelines are narrow_experts.py's. Panels of a tile are the fast index.
+Equations, operands and pipelines are experts_narrow.py's. Panels of a tile are the fast index.
 """
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
-from cutlass.cute.nvgpu import cpasync
 
 from ..device.activation import swiglu
-from ..device.ptx import load_coherent, smem_address
-from ..device.views import partition_loads
+from ..device.ring import advance
+from ..device.routing import Entry, table_counts, table_entry
 from .decode import EPILOGUE_SCALE
-from .experts_narrow import NarrowExpertsKernel
-from .layout import CODE_WORDS, SCALE_WORDS
-from .linear_narrow import TOKEN_ROW_BYTES
-from .ptx import arrive_after_copies, copy_async
-from .tiles import BLOCK_K, PANEL_ROWS
+from .experts_narrow import NarrowExpertsKernel, Results
+from .tiles import PANEL_ROWS
+from .views import (
+    Pipeline,
+    StageLayouts,
+    WeightLoads,
+    Weights,
+    load_weights,
+    partition_weights,
+    pipeline_in,
+)
 
-CONSUMER_WARPS = 4
+CONSUMER_WARPS = 4  # of 16 rows each: a panel
 
 
 class StreamingExpertsKernel(NarrowExpertsKernel):
@@ -34,98 +39,65 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mTable: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        weights: Weights,
+        mRowScale: cute.Tensor,  # f32 w13 [E, 2I], w2 [E, H]
+        mPairs: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mOut: cute.Tensor,  # bf16 w13 [slots, I], w2 [M * T, H]
         topk: Int32,
         limit: Float32,
         scale_bias: Uint32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        layouts: StageLayouts,
     ):
         t = self.tile
-        stages = t.stages
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sCodes = storage.codes.get_tensor(code_layout)
-        sScales = storage.scales.get_tensor(scale_layout)
-        if warp == CONSUMER_WARPS:
-            for atom in (code_atom, scale_atom):
-                cpasync.prefetch_descriptor(atom)
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(stages):
-                    cute.arch.mbarrier_init(full + stage, 1 + 32)
-                    cute.arch.mbarrier_init(empty + stage, CONSUMER_WARPS)
-            cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(self.activated):
-            cute.arch.griddepcontrol_wait()  # for the routing
-        cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.sync_threads()
+        pipeline = pipeline_in(storage, layouts)
+        self.start(warp, weights, pipeline)
 
+        # Share the panels of all tiles among the CTAs
         table = mTable.iterator.toint()
-        tiles, _, _, _ = load_coherent(table)
-        panels = tCodes.shape[2]
+        tiles, _ = table_counts(table)
+        panels = weights.codes.shape[2]
         items = tiles * panels
-        count = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
+        count = cute.ceil_div(weights.codes.shape[1], t.stage_blocks)
         if warp == CONSUMER_WARPS:
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.stage_blocks), (0, None, None, None))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, None, None))
-            tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
-            tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
-            weights = (code_atom, tCg, tCs, scale_atom, tSg, tSs)
+            loads = partition_weights(weights, pipeline, (t.stage_blocks,), (None, None, None))
+            # Fetch w2's first weights while w13 runs, which does not write them, then wait for w13
             early = Int32(0)  # stages whose weights do not wait for the previous kernel
             if cutlass.const_expr(not self.activated):
                 if bid < items:
-                    early = cutlass.min(count, stages)
-                    expert, _, _, _ = load_coherent(table + Int64(bid // panels + 1) * 16)
+                    early = cutlass.min(count, t.stages)
+                    expert = table_entry(table, bid // panels).expert
                     for stage in cutlass.range(early, unroll=1):
-                        self.load_weights(weights, stage, bid % panels, expert, full + stage, stage)
+                        box = (stage, bid % panels, expert)
+                        load_weights(loads, box, stage, pipeline.full, t.stage_weight_bytes)
                 cute.arch.griddepcontrol_wait()
-            shared = smem_address(sX.iterator)
-            self.produce(
-                bid, ctas, items, panels, count, early, mX, mPairs, table, topk, full, empty, shared, weights
-            )
+            self.stream(bid, ctas, items, panels, count, early, mX, mPairs, table, topk, pipeline, loads)
         else:
+            # Every consumer waits, too: for `mPairs`, and because a kernel must not end before its predecessors
             if cutlass.const_expr(not self.activated):
                 cute.arch.griddepcontrol_wait()
+            results = Results(mRowScale, mPairs, mOut, limit)
             stage = Int32(0)
             phase = Int32(0)
             acc = cute.make_rmem_tensor((4, t.tokens // 8), Float32)
             for item in cutlass.range(bid, items, ctas, unroll=1):
-                expert, first_slot, slots, _ = load_coherent(table + Int64(item // panels + 1) * 16)
-                n, factor, rows = self.targets(
-                    item % panels, warp, lane, expert, first_slot, slots, mRowScale, mPairs, mOut
-                )
+                entry = table_entry(table, item // panels)
+                # Read what the epilogue needs before the main loop, whose time hides the latency
+                n, factor, rows = self.targets(item % panels, warp, lane, entry, results)
                 acc.fill(0.0)
                 where = (count, stage, phase, warp, Int32(0), lane)
-                stage, phase = self.accumulate(acc, *where, full, empty, sX, sCodes, sScales, scale_bias)
-                self.store(acc, n, factor, rows, mOut, limit)
+                stage, phase = self.accumulate(acc, *where, pipeline, scale_bias)
+                self.store(acc, n, factor, rows, results)
 
     @cute.jit
-    def load_weights(
-        self, weights: tuple, at: Int32, panel: Int32, expert: Int32, barrier: cute.Pointer, stage: Int32
-    ):
-        code_atom, tCg, tCs, scale_atom, tSg, tSs = weights
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.tile.stage_weight_bytes)
-        cute.copy(code_atom, tCg[None, at, panel, expert], tCs[None, stage], tma_bar_ptr=barrier)
-        cute.copy(scale_atom, tSg[None, at, panel, expert], tSs[None, stage], tma_bar_ptr=barrier)
-
-    @cute.jit
-    def produce(
+    def stream(
         self,
         bid: Int32,
         ctas: Int32,
@@ -133,52 +105,33 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         panels: Int32,
         count: Int32,
         early: Int32,
-        mX: cute.Tensor,
-        mPairs: cute.Tensor,
+        mX: cute.Tensor,  # bf16 w13 [M, H], w2 [slots, I]
+        mPairs: cute.Tensor,  # int32 [M * T]
         table: Int64,
         topk: Int32,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        shared: Int32,
-        weights: tuple,
+        pipeline: Pipeline,
+        loads: WeightLoads,
     ):
         """Fill stages for every panel of this CTA; `early` of the first one's already have their weights."""
         t = self.tile
-        rows = cutlass.const_expr(t.tokens // 4)
         lane = cute.arch.lane_idx()
-        row = lane // 8
-        chunk = lane % 8
-        sources = cute.make_rmem_tensor(rows, Int64)
+        row, chunk = lane // 8, lane % 8
+        sources = cute.make_rmem_tensor(t.tokens // 4, Int64)
         stage = Int32(0)
         phase = Int32(1)  # a fresh barrier counts as released
         for item in cutlass.range(bid, items, ctas, unroll=1):
-            expert, first_slot, slots, _ = load_coherent(table + Int64(item // panels + 1) * 16)
-            for i in cutlass.range_constexpr(rows):
-                line = first_slot + cutlass.min(row + 4 * i, slots - 1)
-                if cutlass.const_expr(self.activated):
-                    line = mPairs[line] // topk
-                sources[i] = mX.iterator.toint() + (Int64(line) * mX.stride[0] + chunk * 8) * 2
+            entry = table_entry(table, item // panels)
+            self.find_rows(row, chunk, sources, mX, mPairs, topk, entry)
             for at in cutlass.range(count, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+                # Wait for a free stage
+                cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
+                # Issue the TMA loads of its weights, and copy its tokens
                 if early <= 0:
-                    self.load_weights(weights, at, item % panels, expert, full + stage, stage)
+                    box = (at, item % panels, entry.expert)
+                    load_weights(loads, box, stage, pipeline.full, t.stage_weight_bytes)
                 early -= 1
-                for b in cutlass.range_constexpr(t.stage_blocks):
-                    block = at * t.stage_blocks + b
-                    size = Int32(0)
-                    if block * BLOCK_K + chunk * 8 < mX.shape[1]:
-                        size = Int32(16)
-                    target = shared + (stage * t.stage_blocks + b) * (t.tokens * TOKEN_ROW_BYTES)
-                    for i in cutlass.range_constexpr(rows):
-                        address = target + (row + 4 * i) * TOKEN_ROW_BYTES
-                        address = address + (chunk ^ ((row + 4 * i) % 8)) * 16
-                        offset = Int64(block) * TOKEN_ROW_BYTES
-                        copy_async(address, sources[i] + offset, size, row + 4 * i < slots)
-                arrive_after_copies(smem_address(full + stage))
-                stage += 1
-                if stage == t.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                self.gather(row, chunk, mX, sources, entry, at, stage, pipeline)
+                stage, phase = advance(stage, phase, t.stages)
 
     @cute.jit
     def targets(
@@ -186,16 +139,12 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
         panel: Int32,
         warp: Int32,
         lane: Int32,
-        expert: Int32,
-        first_slot: Int32,
-        slots: Int32,
-        mRowScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
+        entry: Entry,
+        results: Results,
     ):
         """-> (first column, scales of its two weight rows, row of out of each of its tokens or -1)."""
         t = self.tile
-        columns = mOut.shape[1]
+        columns = results.out.shape[1]
         n = panel * PANEL_ROWS + warp * 16 + lane // 4
         if cutlass.const_expr(self.activated):
             n = panel * (PANEL_ROWS // 2) + warp * 8 + lane // 4
@@ -204,44 +153,44 @@ class StreamingExpertsKernel(NarrowExpertsKernel):
             factor[h] = Float32(0.0)
             if cutlass.const_expr(self.activated):
                 if n < columns:
-                    factor[h] = mRowScale[expert, n + h * columns] * Float32(EPILOGUE_SCALE)
+                    factor[h] = results.row_scale[entry.expert, n + h * columns] * Float32(EPILOGUE_SCALE)
             else:
                 if n + 8 * h < columns:
-                    factor[h] = mRowScale[expert, n + 8 * h] * Float32(EPILOGUE_SCALE)
+                    factor[h] = results.row_scale[entry.expert, n + 8 * h] * Float32(EPILOGUE_SCALE)
         rows = cute.make_rmem_tensor((2, t.tokens // 8), Int32)
         for column in cutlass.range_constexpr(t.tokens // 8):
             for v in cutlass.range_constexpr(2):
                 token = column * 8 + (lane % 4) * 2 + v
                 rows[v, column] = Int32(-1)
-                if token < slots:
+                if token < entry.slots:
                     if cutlass.const_expr(self.activated):
-                        rows[v, column] = first_slot + token
+                        rows[v, column] = entry.first_slot + token
                     else:
-                        rows[v, column] = mPairs[first_slot + token]
+                        rows[v, column] = results.pairs[entry.first_slot + token]
         return n, factor, rows
 
     @cute.jit
     def store(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, tokens / 8): {row r, row r + 8} x two tokens
         n: Int32,
-        factor: cute.Tensor,
-        rows: cute.Tensor,
-        mOut: cute.Tensor,
-        limit: Float32,
+        factor: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        rows: cute.Tensor,  # int32 (2, tokens / 8): rows of out, -1 for none
+        results: Results,
     ):
-        columns = mOut.shape[1]
+        """Scale, activate, store: rows r and r + 8 are one column's gate and up (w13), or two columns (w2)."""
+        columns = results.out.shape[1]
         for column in cutlass.range_constexpr(self.tile.tokens // 8):
             for v in cutlass.range_constexpr(2):
                 row = rows[v, column]
                 first = acc[v, column] * factor[0]
                 second = acc[2 + v, column] * factor[1]
                 if row >= 0:
-                    target = mOut.iterator + (Int64(row) * columns + n)
-                    out = cute.make_tensor(target, cute.make_layout(9))
+                    target = results.out.iterator + (Int64(row) * columns + n)
+                    out = cute.make_tensor(target, cute.make_layout(9))  # columns n .. n + 8
                     if cutlass.const_expr(self.activated):
                         if n < columns:
-                            out[0] = swiglu(first, second, limit).to(BFloat16)
+                            out[0] = swiglu(first, second, results.limit).to(BFloat16)
                     else:
                         if n < columns:
                             out[0] = first.to(BFloat16)

@@ -27,23 +27,53 @@ Reduction
     workspace, no atomics: the result is deterministic, and kernels on other streams cannot meet.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
-from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cute.nvgpu import cpasync
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.ptx import load_matrices, load_words, smem_address
+from ..device.ring import advance, init_ring
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
 from .ptx import mma_m16n8k16, store_output, weight_registers
 from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, NarrowTile
-from .views import block_view, tokens_view
+from .views import (
+    Pipeline,
+    StageLayouts,
+    Weights,
+    block_view,
+    load_weights,
+    one_stage,
+    partition_weights,
+    pipeline_in,
+    stage_layouts,
+    tokens_view,
+    weights_by_tma,
+)
 
-STEPS = BLOCK_K // 16
-SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
+STEPS = BLOCK_K // 16  # k16 instructions a block
 TOKEN_ROW_BYTES = BLOCK_K * 2
+
+
+class Results(NamedTuple):
+    """What the epilogue reads and writes."""
+
+    row_scale: cute.Tensor  # f32 [N]
+    bias: cute.Tensor  # f32 [N], any tensor without has_bias
+    out: cute.Tensor  # bf16 or f32 [M, N]
+
+
+class Place(NamedTuple):
+    """Which part of the product a CTA computes."""
+
+    panel: Int32
+    rank: Int32  # in the cluster whose CTAs share K
+    token_tile: Int32
 
 
 class NarrowLinearKernel:
@@ -57,66 +87,50 @@ class NarrowLinearKernel:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mCodes: cute.Tensor,  # int64 [P, KB, 256]
+        mScales: cute.Tensor,  # int32 [P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any tensor without has_bias
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         k: Int32,
         panels_per_group: Int32,
         scale_bias: Int32,
         stream,
     ):
         t = self.tile
-        tokens, stage_blocks, stages = t.tokens, t.stage_blocks, t.stages
-        atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
-        x_layout = cute.tile_to_shape(atom, (tokens, stage_blocks * BLOCK_K, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, stage_blocks, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, stage_blocks, stages))
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        stage_of = (None, None, 0)
+        tokens, stages, box = t.tokens, t.stages, (t.stage_blocks,)
+        layouts = stage_layouts(tokens, box, stages)
         x_atom, tX = cpasync.make_tiled_tma_atom(
-            load, tokens_view(mX, k), cute.slice_(x_layout, stage_of), (tokens, stage_blocks * BLOCK_K)
+            cpasync.CopyBulkTensorTileG2SOp(),
+            tokens_view(mX, k),
+            one_stage(layouts.x),
+            (tokens, t.stage_blocks * BLOCK_K),
         )
-        code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mCodes, CODE_WORDS),
-            cute.slice_(code_layout, stage_of),
-            (CODE_WORDS, stage_blocks),
-        )
-        scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mScales, SCALE_WORDS),
-            cute.slice_(scale_layout, stage_of),
-            (SCALE_WORDS, stage_blocks),
+        weights = weights_by_tma(
+            block_view(mCodes, CODE_WORDS), block_view(mScales, SCALE_WORDS), layouts, box
         )
 
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
             empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
-            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
-            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
-            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
+            # 1024: the swizzle is a function of address bits, and repeats every 8 rows of 128 bytes
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(layouts.x)], 1024]
+            # 128: what TMA asks of its target
+            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(layouts.codes)], 128]
+            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(layouts.scales)], 128]
             partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
 
         self.shared = Shared
         self.kernel(
             x_atom,
             tX,
-            code_atom,
-            tCodes,
-            scale_atom,
-            tScales,
-            mRowScale,
-            mBias,
-            mOut,
+            weights,
+            Results(mRowScale, mBias, mOut),
             panels_per_group,
             Uint32(scale_bias),
-            x_layout,
-            code_layout,
-            scale_layout,
+            layouts,
         ).launch(
             grid=(mCodes.shape[0] * t.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
             block=(t.threads, 1, 1),
@@ -130,161 +144,184 @@ class NarrowLinearKernel:
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
+        weights: Weights,
+        results: Results,
         panels_per_group: Int32,
         scale_bias: Uint32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
+        layouts: StageLayouts,
     ):
         t = self.tile
-        tokens, stages = t.tokens, t.stages
         consumer_warps = 4 * t.k_warps
+        # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, token_tile, _ = cute.arch.block_idx()
-        panel = bid // t.split_k
-        rank = bid % t.split_k
+        place = Place(bid // t.split_k, bid % t.split_k, token_tile)
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        reduced = empty + stages
-        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sCodes = storage.codes.get_tensor(code_layout)
-        sScales = storage.scales.get_tensor(scale_layout)
-        partials = smem_address(storage.partials.data_ptr())
+        pipeline = pipeline_in(storage, layouts)
+        reduced = pipeline.empty + t.stages  # with `signal`: this CTA's partial sums are complete
 
+        # Initialize the barriers
         if warp == consumer_warps:
-            for atom in (x_atom, code_atom, scale_atom):
+            for atom in (x_atom, weights.code_atom, weights.scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, consumer_warps)
+                init_ring(pipeline.full, pipeline.empty, t.stages, 1, consumer_warps)
                 if cutlass.const_expr(t.signal):
+                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
                     cute.arch.mbarrier_init(reduced, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(reduced, t.partial_bytes)
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(t.split_k > 1):
+            # No CTA may write partial sums into, or count them in, one that has not got this far.
             cute.arch.cluster_arrive_relaxed()
             cute.arch.cluster_wait()
         else:
-            cute.arch.sync_threads()
-        row_scales = self.load_row_scales(
-            warp * 32 + lane, panel, rank, mRowScale
-        )  # come in during the main loop
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+        # These come in during the main loop
+        row_scales = self.load_row_scales(warp * 32 + lane, place, results.row_scale)
 
-        steps_total = cute.ceil_div(tCodes.shape[1], t.stage_blocks)
-        first = rank * steps_total // t.split_k
-        count = (rank + 1) * steps_total // t.split_k - first
-
+        first, count = self.share_of_k(place.rank, weights.codes.shape[1])
         if warp == consumer_warps:
-            gX = cute.local_tile(
-                tX, (tokens, t.stage_blocks * BLOCK_K), (token_tile, None, panel // panels_per_group)
-            )
-            gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.stage_blocks), (0, None, panel))
-            gScales = cute.local_tile(tScales, (SCALE_WORDS, t.stage_blocks), (0, None, panel))
-            tXs, tXg = partition_loads(x_atom, sX, gX, 2)
-            tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
-            tSs, tSg = partition_loads(scale_atom, sScales, gScales, 2)
-            for stage in cutlass.range_constexpr(stages):
-                if stage < count:
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                    cute.copy(code_atom, tCg[None, first + stage], tCs[None, stage], tma_bar_ptr=full + stage)
-                    cute.copy(
-                        scale_atom, tSg[None, first + stage], tSs[None, stage], tma_bar_ptr=full + stage
-                    )
-            cute.arch.griddepcontrol_wait()
-            for stage in cutlass.range_constexpr(stages):
-                if stage < count:
-                    cute.copy(x_atom, tXg[None, first + stage], tXs[None, stage], tma_bar_ptr=full + stage)
-            stage = Int32(0)
-            phase = Int32(0)
-            for step in cutlass.range(stages, count, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                cute.copy(code_atom, tCg[None, first + step], tCs[None, stage], tma_bar_ptr=full + stage)
-                cute.copy(scale_atom, tSg[None, first + step], tSs[None, stage], tma_bar_ptr=full + stage)
-                cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+            self.produce(x_atom, tX, weights, pipeline, place, first, count, panels_per_group)
         else:
-            row_warp = warp % 4
-            k_group = warp // 4
-            acc = cute.make_rmem_tensor((4, tokens // 8), Float32)
-            acc.fill(0.0)
-            start = (count, Int32(0), Int32(0), row_warp, k_group, lane)
-            self.accumulate(acc, *start, full, empty, sX, sCodes, sScales, scale_bias)
+            self.multiply(warp, place.rank, count, storage, pipeline, scale_bias)
+        self.wait_for_partials(warp, reduced)
+        if warp < consumer_warps:
+            self.finish(warp * 32 + lane, place, storage, row_scales, results)
 
-            # Send each half's 8 rows to the CTA that owns them.
-            units = 8 // t.split_k  # of 8 rows, a CTA owns
-            pairs = units * tokens * 4  # pairs of tokens of one row, a CTA owns
-            source = rank * t.k_warps + k_group
-            for half in cutlass.range_constexpr(2):
-                unit = 2 * row_warp + half
-                slot = source * pairs + (unit % units) * (tokens * 4) + lane
-                address = partials + slot * 8
-                if cutlass.const_expr(t.split_k > 1):
-                    address = address_in_cluster(address, unit // units)
+    @cute.jit
+    def share_of_k(self, rank: Int32, blocks: Int32):
+        """The stages of K that member `rank` of a cluster takes -> (first, number of them)."""
+        t = self.tile
+        total = cute.ceil_div(blocks, t.stage_blocks)
+        first = rank * total // t.split_k
+        return first, (rank + 1) * total // t.split_k - first
+
+    @cute.jit
+    def produce(
+        self,
+        x_atom: cute.CopyAtom,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
+        weights: Weights,
+        pipeline: Pipeline,
+        place: Place,
+        first: Int32,
+        count: Int32,
+        panels_per_group: Int32,
+    ):
+        """The producer warp: fill stages, `count` in all."""
+        t = self.tile
+        full = pipeline.full
+        x_box = (t.tokens, t.stage_blocks * BLOCK_K)
+        gX = cute.local_tile(tX, x_box, (place.token_tile, None, place.panel // panels_per_group))
+        tXs, tXg = partition_loads(x_atom, pipeline.x, gX, 2)
+        loads = partition_weights(weights, pipeline, (t.stage_blocks,), (None, place.panel))
+        # Fetch the first weights: no kernel that may still run writes them, so they need not wait. The
+        # bytes announced are the whole stage's: it is not full before its tokens have come, too.
+        for stage in cutlass.range_constexpr(t.stages):
+            if stage < count:
+                load_weights(loads, (first + stage,), stage, full, t.stage_bytes)
+        # Fetch the first tokens, which the previous kernel may have written. The consumers need no wait of
+        # their own: they store only after tokens that were fetched after this one.
+        cute.arch.griddepcontrol_wait()
+        for stage in cutlass.range_constexpr(t.stages):
+            if stage < count:
+                cute.copy(x_atom, tXg[None, first + stage], tXs[None, stage], tma_bar_ptr=full + stage)
+        stage = Int32(0)
+        phase = Int32(0)  # of `empty`: the ring is full, so the first wait is for a first release
+        for step in cutlass.range(t.stages, count, unroll=1):
+            # Wait for a free stage: every consumer warp has its part of it in registers
+            cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
+            # Issue the TMA loads
+            load_weights(loads, (first + step,), stage, full, t.stage_bytes)
+            cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
+            stage, phase = advance(stage, phase, t.stages)
+
+    @cute.jit
+    def multiply(
+        self,
+        warp: Int32,
+        rank: Int32,
+        count: Int32,
+        storage,
+        pipeline: Pipeline,
+        scale_bias: Uint32,
+    ):
+        """A consumer warp's partial sums, each half's 8 rows sent to the CTA that owns them."""
+        t = self.tile
+        lane = cute.arch.lane_idx()
+        row_warp = warp % 4
+        k_group = warp // 4
+        acc = cute.make_rmem_tensor((4, t.tokens // 8), Float32)
+        acc.fill(0.0)
+        self.accumulate(acc, count, Int32(0), Int32(0), row_warp, k_group, lane, pipeline, scale_bias)
+
+        # Send the sums. A CTA owns 8 rows by `units`; lanes write 8 bytes each, 256 a column of 8 tokens.
+        units = cutlass.const_expr(8 // t.split_k)
+        pairs = cutlass.const_expr(units * t.tokens * 4)  # pairs of tokens of one row, a CTA owns
+        source = rank * t.k_warps + k_group
+        partials = smem_address(storage.partials.data_ptr())
+        for half in cutlass.range_constexpr(2):
+            unit = 2 * row_warp + half
+            address = partials + (source * pairs + (unit % units) * (t.tokens * 4) + lane) * 8
+            if cutlass.const_expr(t.split_k > 1):
+                address = address_in_cluster(address, unit // units)
+            if cutlass.const_expr(t.signal):
+                reduced = smem_address(storage.empty.data_ptr() + t.stages)
+                barrier = address_in_cluster(reduced, unit // units)
+            for column in cutlass.range_constexpr(t.tokens // 8):
+                values = (acc[2 * half, column], acc[2 * half + 1, column])
                 if cutlass.const_expr(t.signal):
-                    barrier = address_in_cluster(smem_address(reduced), unit // units)
-                for column in cutlass.range_constexpr(tokens // 8):
-                    values = (acc[2 * half, column], acc[2 * half + 1, column])
-                    if cutlass.const_expr(t.signal):
-                        signal_in_cluster(address + column * 256, values, barrier)
-                    else:
-                        store_in_cluster(address + column * 256, values)
+                    signal_in_cluster(address + column * 256, values, barrier)
+                else:
+                    store_in_cluster(address + column * 256, values)
+
+    @cute.jit
+    def wait_for_partials(self, warp: Int32, reduced: cute.Pointer):
+        """Wait for the partial sums of every k group of every CTA."""
+        t = self.tile
         if cutlass.const_expr(t.signal):
-            if warp < consumer_warps:
+            if warp < 4 * t.k_warps:  # also keeps this CTA alive until the last write to it has landed
                 cute.arch.mbarrier_wait(reduced, 0)
         elif cutlass.const_expr(t.split_k > 1):
+            # Release and acquire: the sums have arrived. Counts all threads of the cluster, so the producer's, too.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
         else:
             cute.arch.sync_threads()
-        if warp < consumer_warps:
-            self.finish(warp * 32 + lane, panel, rank, token_tile, storage, row_scales, mBias, mOut)
 
     @cute.jit
     def accumulate(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, tokens / 8): {row r, row r + 8} x two tokens
         count: Int32,
         stage: Int32,
         phase: Int32,
         row_warp: Int32,
         k_group: Int32,
         lane: Int32,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        pipeline: Pipeline,
         bias: Uint32,
     ):
         """acc[:, column] += this warp's 16 rows x 8 tokens a column over `count` stages -> next stage, its phase."""
         t = self.tile
         columns = cutlass.const_expr(t.tokens // 8)
-        codes = smem_address(sCodes.iterator) + (row_warp * 512 + lane * 16)
-        scales = smem_address(sScales.iterator) + (row_warp * 64 + (lane // 4) * 8)
+        # Of a block: 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row (sm90/layout.py).
+        codes = smem_address(pipeline.codes.iterator) + (row_warp * 512 + lane * 16)
+        scales = smem_address(pipeline.scales.iterator) + (row_warp * 64 + (lane // 4) * 8)
         # Row lane % 8 of matrix lane // 8: 16-byte chunk lane // 8 of a token's 128 bytes, 128B-swizzled.
         token = lane % 8
-        x_first = smem_address(sX.iterator) + token * TOKEN_ROW_BYTES + ((lane // 8) ^ token) * 16
-        x_second = x_first ^ 64
+        x_first = smem_address(pipeline.x.iterator) + token * TOKEN_ROW_BYTES + ((lane // 8) ^ token) * 16
+        x_second = x_first ^ 64  # chunks 4 .. 7: bit 2 of a chunk's number, which the swizzle only flips
         for _ in cutlass.range(count, unroll=1):
-            cute.arch.mbarrier_wait(full + stage, phase)
+            # Wait for a full stage
+            cute.arch.mbarrier_wait(pipeline.full + stage, phase)
+            # Read all of it into registers, so that the producer can refill it during the products
             first = stage * t.stage_blocks + k_group * t.blocks
             words, scale_words, tokens = [], [], []
             for b in cutlass.range_constexpr(t.blocks):
@@ -294,9 +331,11 @@ class NarrowLinearKernel:
                     offset = b * t.tokens * TOKEN_ROW_BYTES + column * 8 * TOKEN_ROW_BYTES
                     for base in (x_first, x_second):
                         tokens.append(load_matrices(base + first * (t.tokens * TOKEN_ROW_BYTES) + offset))
+            # Give the stage back: one arrival a warp, once all its lanes have read
             cute.arch.sync_warp()
             if lane == 0:
-                cute.arch.mbarrier_arrive(empty + stage)
+                cute.arch.mbarrier_arrive(pipeline.empty + stage)
+            # Decode and multiply
             for b in cutlass.range_constexpr(t.blocks):
                 for step in cutlass.range_constexpr(STEPS):
                     weights = weight_registers(words[b][step], scale_words[b][step // 2], step % 2, bias)
@@ -307,36 +346,42 @@ class NarrowLinearKernel:
                         result = mma_m16n8k16(partial, weights, x)
                         for v in cutlass.range_constexpr(4):
                             acc[v, column] = result[v]
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
         return stage, phase
 
     @cute.jit
-    def load_row_scales(self, thread: Int32, panel: Int32, rank: Int32, mRowScale: cute.Tensor):
+    def load_row_scales(
+        self,
+        thread: Int32,
+        place: Place,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The row scale of every pair of results that a thread finishes."""
         t = self.tile
         threads = cutlass.const_expr(128 * t.k_warps)
         passes = cutlass.const_expr(-(-(8 // t.split_k) * t.tokens * 4 // threads))
         scales = cute.make_rmem_tensor(passes, Float32)
         for i in cutlass.range_constexpr(passes):
-            unit = rank * (8 // t.split_k) + (thread + i * threads) // (t.tokens * 4)
-            n = panel * PANEL_ROWS + unit * 8 + thread % 32 // 4
+            unit = place.rank * (8 // t.split_k) + (thread + i * threads) // (t.tokens * 4)
+            n = place.panel * PANEL_ROWS + unit * 8 + thread % 32 // 4
             scales[i] = mRowScale[cutlass.min(n, mRowScale.shape[0] - 1)]
         return scales
+
+    def add_partials(self, sPartials: cute.Tensor, *where: Int32) -> list[Float32]:
+        """Two tokens' sums of one row over sPartials[:, *where, :], in ascending k order."""
+        total = [Float32(0.0), Float32(0.0)]
+        for source in range(self.tile.split_k * self.tile.k_warps):
+            total = [total[v] + sPartials[(v, *where, source)] for v in range(2)]
+        return total
 
     @cute.jit
     def finish(
         self,
         thread: Int32,
-        panel: Int32,
-        rank: Int32,
-        token_tile: Int32,
+        place: Place,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (pairs of results a thread,)
+        results: Results,
     ):
         """Add the partial sums of the rows this CTA owns in ascending k order, scale, store."""
         t = self.tile
@@ -347,18 +392,15 @@ class NarrowLinearKernel:
         for i in cutlass.range_constexpr(-(-pairs // threads)):
             pair = thread + i * threads
             if pair < pairs:
-                unit = rank * units + pair // (t.tokens * 4)
+                unit = place.rank * units + pair // (t.tokens * 4)
                 lane = pair % 32
-                n = panel * PANEL_ROWS + unit * 8 + lane // 4
-                m = token_tile * t.tokens + (pair % (t.tokens * 4)) // 32 * 8 + (lane % 4) * 2
-                if n < mOut.shape[1]:
+                n = place.panel * PANEL_ROWS + unit * 8 + lane // 4
+                m = place.token_tile * t.tokens + (pair % (t.tokens * 4)) // 32 * 8 + (lane % 4) * 2
+                if n < results.out.shape[1]:
                     scale = row_scales[i] * Float32(EPILOGUE_SCALE)
-                    total = [Float32(0.0), Float32(0.0)]
-                    for source in cutlass.range_constexpr(t.split_k * t.k_warps):
-                        for v in cutlass.range_constexpr(2):
-                            total[v] = total[v] + sPartials[v, pair, source]
+                    total = self.add_partials(sPartials, pair)
                     for v in cutlass.range_constexpr(2):
                         value = total[v] * scale
                         if cutlass.const_expr(self.has_bias):
-                            value = value + mBias[n]
-                        store_output(mOut, m + v, n, value)
+                            value = value + results.bias[n]
+                        store_output(results.out, m + v, n, value)

@@ -29,9 +29,12 @@ Tiles
     with `bulk` TMA stores the results and the warpgroup goes on. With `tail` the tiles that fill no whole wave
     are cut into parts of so many tokens, where that gives every CTA less than a tile.
 Reduction
-    `split_k` CTAs of a cluster share a tile's K and exchange partial sums as narrow.py does: each owns a
+    `split_k` CTAs of a cluster share a tile's K and exchange partial sums as linear_narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
 """
+
+from enum import IntEnum
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -41,16 +44,75 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.ptx import load_words, pack_bf16, settle, smem_address
+from ..device.ring import advance, init_ring
+from ..device.store import store_words
 from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
 from .ptx import store_matrices_transposed, store_shared, weight_registers
 from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, PANEL_ROWS, WideTile
-from .views import block_view, results_view, tokens_view
+from .views import (
+    Pipeline,
+    StageLayouts,
+    Weights,
+    block_view,
+    copy_weights,
+    one_stage,
+    partition_weights,
+    pipeline_in,
+    results_view,
+    stage_layouts,
+    token_layout,
+    tokens_view,
+    weights_by_tma,
+)
 
-STEPS = BLOCK_K // 16
-PRODUCER_REGISTERS = 24
-SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128
+STEPS = BLOCK_K // 16  # wgmmas of a block: k16 each
+PRODUCER_REGISTERS = 24  # the least that setmaxnreg takes
+
+
+class Barrier(IntEnum):
+    """Named barriers of a CTA; 0 is reserved for sync_threads."""
+
+    WARPGROUP_0 = 1  # its 128 threads meet
+    WARPGROUP_1 = 2
+    WARPGROUP_2 = 3
+    LAG_0 = 4  # warpgroup 0 arrives, 1 waits
+    LAG_1 = 5  # warpgroup 1 arrives, 2 waits
+
+
+class Grid(NamedTuple):
+    """The problem's tiles, and the items that CTAs take: the first are tiles, the others parts of the last tiles."""
+
+    token_group: Int32  # token tiles that are the fast index together
+    token_tiles: Int32
+    row_tiles: Int32
+    whole: Int32  # items that are tiles
+    items: Int32
+
+
+class Results(NamedTuple):
+    """What the epilogue reads and writes."""
+
+    row_scale: cute.Tensor  # f32 [N]
+    bias: cute.Tensor  # f32 [N], any tensor without has_bias
+    out: cute.Tensor  # bf16 or f32 [M, N]
+
+
+class BulkStore(NamedTuple):
+    """TMA of results, with `bulk`."""
+
+    atom: cute.CopyAtom
+    out: cute.Tensor  # bf16 (M, N)
+    layout: cute.ComposedLayout  # shared memory: (output tokens, 64 rows, buffers)
+
+
+class Place(NamedTuple):
+    """Where a tile, or a part of one, lies."""
+
+    first_token: Int32
+    row_tile: Int32
+    rank: Int32  # in the cluster
 
 
 def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
@@ -65,6 +127,16 @@ def panels_by_tokens(warpgroups: int, tokens: int) -> cute.TiledMma:
         (PANEL_ROWS, tokens),
         warpgroup.OperandSource.RMEM,
     )
+
+
+def decode(registers: cute.Tensor, words: list, scale_words: list, steps: range, bias: Uint32) -> None:
+    """Decode the weights of k16 steps `steps` of a stage into `registers`, a ring of four for each step."""
+    ring = cute.size(registers)
+    for step in steps:
+        word = words[step // STEPS][step % STEPS]
+        scale_word = scale_words[step // STEPS][step % STEPS // 2]
+        for r, register in enumerate(weight_registers(word, scale_word, step % 2, bias)):
+            registers[(step * 4 + r) % ring] = settle(register)
 
 
 class WideLinearKernel:
@@ -90,12 +162,12 @@ class WideLinearKernel:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mCodes: cute.Tensor,  # int64 [P, KB, 256]
+        mScales: cute.Tensor,  # int32 [P, KB, 64]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any tensor without has_bias
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         k: Int32,
         panels_per_group: Int32,
         scale_bias: Int32,
@@ -104,62 +176,73 @@ class WideLinearKernel:
         stream,
     ):
         t = self.tile
-        tokens, stages, stage_k = t.tokens, t.stages, t.blocks * BLOCK_K
+        tokens, stages, stage_k, box = t.tokens, t.stages, t.blocks * BLOCK_K, (t.blocks, t.panels)
         panels = mCodes.shape[0]
-        atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
-        x_layout = cute.tile_to_shape(atom, (tokens, stage_k, stages), order=(0, 1, 2))
-        code_layout = cute.make_layout((CODE_WORDS, t.blocks, t.panels, stages))
-        scale_layout = cute.make_layout((SCALE_WORDS, t.blocks, t.panels, stages))
+        layouts = stage_layouts(tokens, box, stages)
         load = cpasync.CopyBulkTensorTileG2SOp()
         share = cpasync.CopyBulkTensorTileG2SMulticastOp() if t.multicast > 1 else load
         x_atom, tX = cpasync.make_tiled_tma_atom(
             share,
             tokens_view(mX, k),
-            cute.slice_(cute.tile_to_shape(atom, (t.box, stage_k, stages), order=(0, 1, 2)), (None, None, 0)),
+            one_stage(token_layout(t.box, t.blocks, stages)),
             (t.box, stage_k),
             num_multicast=t.multicast,
         )
-        code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mCodes, CODE_WORDS),
-            cute.slice_(code_layout, (None, None, None, 0)),
-            (CODE_WORDS, t.blocks, t.panels),
+        weights = weights_by_tma(
+            block_view(mCodes, CODE_WORDS), block_view(mScales, SCALE_WORDS), layouts, box
         )
-        scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load,
-            block_view(mScales, SCALE_WORDS),
-            cute.slice_(scale_layout, (None, None, None, 0)),
-            (SCALE_WORDS, t.blocks, t.panels),
-        )
-        bulk = cutlass.const_expr(t.bulk and self.aligned_rows and mOut.element_type.width == 16)
-        out_atom, tOut, out_layout = None, None, None
-        if cutlass.const_expr(bulk):
-            shape = (t.output_tokens, PANEL_ROWS, BULK_BUFFERS * t.panels)
-            out_layout = cute.tile_to_shape(atom, shape, order=(0, 1, 2))
-            out_atom, tOut = cpasync.make_tiled_tma_atom(
-                cpasync.CopyBulkTensorTileS2GOp(),
-                results_view(mOut),
-                cute.slice_(out_layout, (None, None, 0)),
-                (t.output_tokens, PANEL_ROWS),
+        bulk = None
+        if cutlass.const_expr(t.bulk and self.aligned_rows and mOut.element_type.width == 16):
+            out_box = (t.output_tokens, PANEL_ROWS)
+            out_layout = token_layout(t.output_tokens, PANEL_ROWS // BLOCK_K, BULK_BUFFERS * t.panels)
+            out_by_tma = cpasync.make_tiled_tma_atom(
+                cpasync.CopyBulkTensorTileS2GOp(), results_view(mOut), one_stage(out_layout), out_box
             )
+            bulk = BulkStore(*out_by_tma, out_layout)
 
         @cute.struct
         class Shared:
             full: cute.struct.MemRange[Int64, stages]
             empty: cute.struct.MemRange[Int64, stages + t.signal]  # and reduced
-            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(x_layout)], 1024]
-            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(code_layout)], 128]
-            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(scale_layout)], 128]
+            # 1024: the swizzle is a function of address bits, and repeats every 8 rows of 128 bytes
+            x: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(layouts.x)], 1024]
+            # 128: what TMA asks of its target
+            codes: cute.struct.Align[cute.struct.MemRange[Int64, cute.cosize(layouts.codes)], 128]
+            scales: cute.struct.Align[cute.struct.MemRange[Int32, cute.cosize(layouts.scales)], 128]
             output: cute.struct.Align[
-                cute.struct.MemRange[Float32, t.output_bytes // 4], 1024 if bulk else 128
+                cute.struct.MemRange[Float32, t.output_bytes // 4], 128 if bulk is None else 1024
             ]
 
         self.shared = Shared
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
         row_tiles = cute.round_up(cute.ceil_div(panels, t.panels), t.multicast)
-        tiles = token_tiles * row_tiles
+        whole, items, ctas = self.share_tiles(token_tiles * row_tiles, max_ctas)
+        self.kernel(
+            x_atom,
+            tX,
+            weights,
+            Results(mRowScale, mBias, mOut),
+            panels_per_group,
+            Uint32(scale_bias),
+            Grid(token_group, token_tiles, row_tiles, whole, items),
+            layouts,
+            bulk,
+        ).launch(
+            grid=(ctas, 1, 1),
+            block=(t.threads, 1, 1),
+            preferred_smem_carveout=100,  # per cent: ctas_per_sm counts on all of it
+            cluster=(t.split_k * t.multicast, 1, 1),
+            min_blocks_per_mp=t.ctas_per_sm,
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.jit
+    def share_tiles(self, tiles: Int32, max_ctas: Int32):
+        """-> (items that are tiles, all items, CTAs): the last tiles are cut where that gives every CTA less."""
+        t = self.tile
         ctas = tiles * t.split_k
-        whole, items = tiles, tiles  # the first `whole` items are tiles, the others parts of tiles
+        whole, items = tiles, tiles
         if cutlass.const_expr(t.persistent):
             if cutlass.const_expr(t.tail > 0):
                 parts = cutlass.const_expr(t.tokens // t.tail)
@@ -168,69 +251,25 @@ class WideLinearKernel:
                     whole = tiles - rest
                     items = whole + rest * parts
             ctas = cutlass.min(items, max_ctas)
-        self.kernel(
-            x_atom,
-            tX,
-            code_atom,
-            tCodes,
-            scale_atom,
-            tScales,
-            mRowScale,
-            mBias,
-            mOut,
-            panels_per_group,
-            Uint32(scale_bias),
-            token_group,
-            token_tiles,
-            row_tiles,
-            whole,
-            items,
-            x_layout,
-            code_layout,
-            scale_layout,
-            out_atom,
-            tOut,
-            out_layout,
-        ).launch(
-            grid=(ctas, 1, 1),
-            block=(t.threads, 1, 1),
-            preferred_smem_carveout=100,
-            cluster=(t.split_k * t.multicast, 1, 1),
-            min_blocks_per_mp=t.ctas_per_sm,
-            stream=stream,
-            use_pdl=True,
-        )
+        return whole, items, ctas
 
     @cute.kernel
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
+        weights: Weights,
+        results: Results,
         panels_per_group: Int32,
         scale_bias: Uint32,
-        token_group: Int32,
-        token_tiles: Int32,
-        row_tiles: Int32,
-        whole: Int32,
-        items: Int32,
-        x_layout: cute.ComposedLayout,
-        code_layout: cute.Layout,
-        scale_layout: cute.Layout,
-        out_atom: cute.CopyAtom | None,
-        tOut: cute.Tensor | None,
-        out_layout: cute.ComposedLayout | None,
+        grid: Grid,
+        layouts: StageLayouts,
+        bulk: BulkStore | None,
     ):
         t = self.tile
-        stages, stage_k = t.stages, t.blocks * BLOCK_K
         consumer_warps = 4 * t.panels
         cluster = t.split_k * t.multicast
+        # The next kernel may start now: it waits for the whole of this one before it reads `out`.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         bid, _, _ = cute.arch.block_idx()
@@ -238,159 +277,196 @@ class WideLinearKernel:
         rank = bid % cluster
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
-        reduced = empty + stages  # with `signal`: this CTA's partial sums are complete
-        sX = storage.x.get_tensor(x_layout.outer, swizzle=x_layout.inner)
-        sCodes = storage.codes.get_tensor(code_layout)
-        sScales = storage.scales.get_tensor(scale_layout)
-
-        if warp == consumer_warps:
-            for atom in (x_atom, code_atom, scale_atom):
-                cpasync.prefetch_descriptor(atom)
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, consumer_warps * t.multicast)
-                if cutlass.const_expr(t.signal):
-                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
-                    cute.arch.mbarrier_init(reduced, 1)
-                    cute.arch.mbarrier_arrive_and_expect_tx(
-                        reduced, owned * (t.split_k * t.panels * 128 * 16)
-                    )
-            cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(cluster > 1):
-            cute.arch.cluster_arrive_relaxed()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        pipeline = pipeline_in(storage, layouts)
+        self.start(warp, rank, x_atom, weights, pipeline)
 
         thread, _, _ = cute.arch.thread_idx()
 
+        # Take this CTA's share of K, in stages
         first = Int32(0)
-        count = cute.ceil_div(tCodes.shape[1], t.blocks)
+        count = cute.ceil_div(weights.codes.shape[1], t.blocks)
         if cutlass.const_expr(t.split_k > 1):
             steps_total = count
             first = rank * steps_total // t.split_k
             count = (rank + 1) * steps_total // t.split_k - first
-        grid = (token_group, token_tiles, row_tiles)
 
         if warp >= consumer_warps:
+            # setmaxnreg is for whole warpgroups; the producer of one panel is a warp alone.
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
-                sBoxes = cute.local_tile(sX, (t.box, stage_k), (None, 0, None))
-                gCodes = cute.local_tile(tCodes, (CODE_WORDS, t.blocks, t.panels), (0, None, None))
-                gScales = cute.local_tile(tScales, (SCALE_WORDS, t.blocks, t.panels), (0, None, None))
-                member = rank if t.multicast > 1 else 0
-                tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
-                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 3)
-                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 3)
-
-                # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
-                groups = tX.shape[2]
-                # Weights first, then tokens once the previous kernel's results are visible.
-                box, row_tile, boxes = self.item(bid // t.split_k, whole, *grid)
-                group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
-                for stage in cutlass.range_constexpr(stages):
-                    if stage < count:
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                        at = first + stage
-                        cute.copy(
-                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        cute.copy(
-                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
-                        )
-                cute.arch.griddepcontrol_wait()
-                for stage in cutlass.range_constexpr(stages):
-                    if stage < count:
-                        at = first + stage
-                        self.load_tokens(
-                            x_atom, tXg[None, None, at, group], tXs, box, boxes, Int32(stage), full + stage
-                        )
-                stage = cutlass.min(count, stages) % stages
-                phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
-                if count < stages:
-                    phase = Int32(1)  # and the rest of the ring is free
-                step = cutlass.min(count, stages)
-                for item in cutlass.range(bid // t.split_k, items, ctas, unroll=1):
-                    box, row_tile, boxes = self.item(item, whole, *grid)
-                    group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
-                    for at in cutlass.range(first + step, first + count, unroll=1):
-                        cute.arch.mbarrier_wait(empty + stage, phase)
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                        cute.copy(
-                            code_atom, tCg[None, at, row_tile], tCs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        cute.copy(
-                            scale_atom, tSg[None, at, row_tile], tSs[None, stage], tma_bar_ptr=full + stage
-                        )
-                        self.load_tokens(
-                            x_atom, tXg[None, None, at, group], tXs, box, boxes, stage, full + stage
-                        )
-                        stage += 1
-                        if stage == stages:
-                            stage = Int32(0)
-                            phase = phase ^ 1
-                    step = Int32(0)
+                self.produce(
+                    x_atom, tX, weights, pipeline, grid, bid, ctas, rank, first, count, panels_per_group
+                )
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
-                # partial sums.
+                # partial sums. The barrier counts all threads of the cluster, so these must come, too.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
         else:
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_increase(t.consumer_registers)
-            stage = Int32(0)
-            phase = Int32(0)
-            pipeline = (full, empty, sX, sCodes, sScales, scale_bias)
-            results = (out_atom, tOut, out_layout)
-            for tile in cutlass.range(bid // t.split_k, whole, ctas, unroll=1):
-                box, row_tile, _ = self.item(tile, whole, *grid)
-                place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                stage, phase = self.compute(t.tokens, thread, count, stage, phase, pipeline, place, results)
-            if cutlass.const_expr(t.tail > 0):
-                for part in cutlass.range(whole + bid, items, ctas, unroll=1):
-                    box, row_tile, _ = self.item(part, whole, *grid)
-                    place = (box * t.box, row_tile, rank, storage, mRowScale, mBias, mOut)
-                    stage, phase = self.compute(t.tail, thread, count, stage, phase, pipeline, place, results)
-            if cutlass.const_expr(out_atom is not None):
-                cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
+            self.consume(thread, bid, ctas, rank, count, grid, storage, pipeline, scale_bias, results, bulk)
             if cutlass.const_expr(t.multicast > 1):
+                # As the producer above: the other CTA's warps still release this one's stages.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
 
     @cute.jit
-    def tile_at(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+    def start(self, warp: Int32, rank: Int32, x_atom: cute.CopyAtom, weights: Weights, pipeline: Pipeline):
+        """Initialize the barriers."""
+        t = self.tile
+        consumer_warps = cutlass.const_expr(4 * t.panels)
+        reduced = pipeline.empty + t.stages  # with `signal`: this CTA's partial sums are complete
+        if warp == consumer_warps:
+            for atom in (x_atom, weights.code_atom, weights.scale_atom):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                # A multicast writes a stage of both CTAs, so that the warps of both have to be done with it.
+                init_ring(pipeline.full, pipeline.empty, t.stages, 1, consumer_warps * t.multicast)
+                if cutlass.const_expr(t.signal):
+                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
+                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
+                    cute.arch.mbarrier_init(reduced, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(
+                        reduced, owned * (t.split_k * t.panels * 128 * 16)
+                    )
+            # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
+            cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(t.split_k * t.multicast > 1):
+            # No CTA may write into another one, or arrive on its barriers, before that one has got this far.
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()  # nobody waits on a barrier that has no value yet
+
+    @cute.jit
+    def produce(
+        self,
+        x_atom: cute.CopyAtom,
+        tX: cute.Tensor,  # bf16 (M, K, groups)
+        weights: Weights,
+        pipeline: Pipeline,
+        grid: Grid,
+        bid: Int32,
+        ctas: Int32,
+        rank: Int32,
+        first: Int32,
+        count: Int32,
+        panels_per_group: Int32,
+    ):
+        """The producer warp: fill `count` stages for every item of this CTA.
+
+        Weights first, then tokens once the previous kernel's results are visible. The consumers need no wait of
+        their own: they store only after tokens that were fetched after this one.
+        """
+        t = self.tile
+        stages, stage_k = t.stages, t.blocks * BLOCK_K
+        full, empty = pipeline.full, pipeline.empty
+        gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
+        sBoxes = cute.local_tile(pipeline.x, (t.box, stage_k), (None, 0, None))
+        member = rank if t.multicast > 1 else 0
+        tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
+        loads = partition_weights(weights, pipeline, (t.blocks, t.panels), (None, None))
+
+        # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
+        groups = tX.shape[2]
+        box, row_tile, boxes = self.item(bid // t.split_k, grid)
+        group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+        # Fetch the first weights. The bytes announced are the whole stage's: it is not full before its tokens
+        # have come, too. With multicast half of those come from the other CTA, perhaps before this arrival,
+        # without which the stage is not full either.
+        for stage in cutlass.range_constexpr(stages):
+            if stage < count:
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                copy_weights(loads, (first + stage, row_tile), stage, full)
+        # Fetch the first tokens
+        cute.arch.griddepcontrol_wait()
+        for stage in cutlass.range_constexpr(stages):
+            if stage < count:
+                x = tXg[None, None, first + stage, group]
+                self.load_tokens(x_atom, x, tXs, box, boxes, Int32(stage), full + stage)
+        stage = cutlass.min(count, stages) % stages
+        phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
+        if count < stages:
+            phase = Int32(1)  # and the rest of the ring is free
+        step = cutlass.min(count, stages)
+        for item in cutlass.range(bid // t.split_k, grid.items, ctas, unroll=1):
+            box, row_tile, boxes = self.item(item, grid)
+            group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+            for at in cutlass.range(first + step, first + count, unroll=1):
+                # Wait for a free stage
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                # Issue the TMA loads
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
+                copy_weights(loads, (at, row_tile), stage, full)
+                x = tXg[None, None, at, group]
+                self.load_tokens(x_atom, x, tXs, box, boxes, stage, full + stage)
+                stage, phase = advance(stage, phase, stages)
+            step = Int32(0)
+
+    @cute.jit
+    def consume(
+        self,
+        thread: Int32,
+        bid: Int32,
+        ctas: Int32,
+        rank: Int32,
+        count: Int32,
+        grid: Grid,
+        storage,
+        pipeline: Pipeline,
+        scale_bias: Uint32,
+        results: Results,
+        bulk: BulkStore | None,
+    ):
+        """A consumer warpgroup: compute every item of this CTA, tiles first."""
+        t = self.tile
+        stage = Int32(0)
+        phase = Int32(0)
+        operands = (storage, pipeline, scale_bias, results, bulk)
+        for tile in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
+            box, row_tile, _ = self.item(tile, grid)
+            at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+            stage, phase = self.compute(t.tokens, *at, *operands)
+        if cutlass.const_expr(t.tail > 0):
+            for part in cutlass.range(grid.whole + bid, grid.items, ctas, unroll=1):
+                box, row_tile, _ = self.item(part, grid)
+                at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+                stage, phase = self.compute(t.tail, *at, *operands)
+        if cutlass.const_expr(bulk is not None):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
+
+    @cute.jit
+    def tile_at(self, index: Int32, grid: Grid):
         """Linear tile index -> (token tile, row tile); CTAs of a multicast pair take neighbouring rows."""
         t = self.tile
         pair = index // t.multicast
-        row_groups = row_tiles // t.multicast
-        group = pair // (token_group * row_groups)
-        width = cutlass.min(token_group, token_tiles - group * token_group)
-        inside = pair - group * token_group * row_groups
+        row_groups = grid.row_tiles // t.multicast
+        group = pair // (grid.token_group * row_groups)
+        width = cutlass.min(grid.token_group, grid.token_tiles - group * grid.token_group)
+        inside = pair - group * grid.token_group * row_groups
         row_tile = (inside // width) * t.multicast + index % t.multicast
-        return group * token_group + inside % width, row_tile
+        return group * grid.token_group + inside % width, row_tile
 
     @cute.jit
-    def item(self, index: Int32, whole: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32):
+    def item(self, index: Int32, grid: Grid):
         """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
         t = self.tile
         if cutlass.const_expr(t.tail == 0):
-            box, row_tile = self.tile_at(index, token_group, token_tiles, row_tiles)
+            box, row_tile = self.tile_at(index, grid)
             boxes = Int32(1)
         else:
             parts = cutlass.const_expr(t.tokens // t.tail)
             tile, part, boxes = index, Int32(0), Int32(parts)
-            if index >= whole:
-                pair = (index - whole) // t.multicast
-                tile = whole + pair // parts * t.multicast + index % t.multicast
+            if index >= grid.whole:
+                pair = (index - grid.whole) // t.multicast
+                tile = grid.whole + pair // parts * t.multicast + index % t.multicast
                 part = pair % parts
                 boxes = Int32(1)
-            token_tile, row_tile = self.tile_at(tile, token_group, token_tiles, row_tiles)
+            token_tile, row_tile = self.tile_at(tile, grid)
             box = token_tile * parts + part
         return box, row_tile, boxes
 
@@ -402,7 +478,12 @@ class WideLinearKernel:
         return t.stage_weight_bytes + boxes * (t.box * t.blocks * BLOCK_K * 2)
 
     @cute.jit
-    def load_row_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+    def load_row_scales(
+        self,
+        row_tile: Int32,
+        thread: Int32,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The scales of a consumer thread's rows r and r + 8."""
         scales = cute.make_rmem_tensor(2, Float32)
         for h in cutlass.range_constexpr(2):
@@ -421,6 +502,7 @@ class WideLinearKernel:
         stage: Int32,
         barrier: cute.Pointer,
     ):
+        """TMA of one stage's tokens: `boxes` boxes from number `first` on, at least one."""
         for b in cutlass.range_constexpr(self.tile.tokens // self.tile.box):
             if cutlass.const_expr(b == 0):
                 self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
@@ -429,7 +511,14 @@ class WideLinearKernel:
                     self.load_box(atom, source[None, first + b], target[None, b, stage], barrier)
 
     @cute.jit
-    def load_box(self, atom: cute.CopyAtom, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
+    def load_box(
+        self,
+        atom: cute.CopyAtom,
+        source: cute.Tensor,  # [box]
+        target: cute.Tensor,  # [box]
+        barrier: cute.Pointer,
+    ):
+        """TMA of one box of tokens. With multicast this CTA loads half of it, into every CTA, and signals all."""
         if cutlass.const_expr(self.tile.multicast > 1):
             mask = cutlass.Int16((1 << self.tile.multicast) - 1)
             cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
@@ -439,9 +528,10 @@ class WideLinearKernel:
     @cute.jit
     def release(self, empty: cute.Pointer, stage: Int32, lane: Int32):
         """Tell every producer that writes this stage that the warp is done with it."""
+        # No sync_warp: wgmma waits for the warp, and every lane decoded its words of the stage before that.
         if cutlass.const_expr(self.tile.multicast > 1):
             if lane < self.tile.multicast:
-                cute.arch.mbarrier_arrive(empty + stage, lane)
+                cute.arch.mbarrier_arrive(empty + stage, lane)  # of the cluster's CTA `lane`
         else:
             if lane == 0:
                 cute.arch.mbarrier_arrive(empty + stage)
@@ -454,35 +544,53 @@ class WideLinearKernel:
         count: Int32,
         stage: Int32,
         phase: Int32,
-        pipeline: tuple,
-        place: tuple,
-        results: tuple,
+        place: Place,
+        storage,
+        pipeline: Pipeline,
+        scale_bias: Uint32,
+        results: Results,
+        bulk: BulkStore | None,
     ):
         """One tile, or a part of one, of so many tokens: multiply and store -> (next stage, its phase)."""
         t = self.tile
-        first_token, row_tile, rank, storage, mRowScale, mBias, mOut = place
+        # Read the row scales before the main loop, whose time hides the latency
         if cutlass.const_expr(t.split_k > 1):
-            row_scales = self.load_reduced_scales(row_tile, thread, mRowScale)
+            row_scales = self.load_reduced_scales(place.row_tile, thread, results.row_scale)
         else:
-            row_scales = self.load_row_scales(row_tile, thread, mRowScale)
-        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, *pipeline)
-        target = (row_tile, first_token, storage, row_scales, mBias)
+            row_scales = self.load_row_scales(place.row_tile, thread, results.row_scale)
+        acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, pipeline, scale_bias)
+        target = (place, storage, row_scales, results)
         if cutlass.const_expr(t.split_k > 1):  # one tile
             reduced = (
                 storage.empty.data_ptr() + t.stages
             )  # with `signal`: this CTA's partial sums are complete
-            self.send_partials(acc, thread, rank, storage, smem_address(reduced))
+            self.send_partials(acc, thread, place.rank, storage, smem_address(reduced))
+            # Wait for the partial sums of every CTA
             if cutlass.const_expr(t.signal):
-                cute.arch.mbarrier_wait(reduced, 0)
+                cute.arch.mbarrier_wait(
+                    reduced, 0
+                )  # also keeps this CTA alive until the last of them has landed
             else:
+                # Release and acquire: the sums have arrived. The producer's threads arrive at the kernel's end.
                 cute.arch.cluster_arrive()
                 cute.arch.cluster_wait()
-            self.reduce_partials(thread, rank, *target, mOut)
-        elif cutlass.const_expr(results[0] is not None):
-            self.store_tile_bulk(acc, tokens, thread, *target, mOut.shape[1], results)
+            self.reduce_partials(thread, *target)
+        elif cutlass.const_expr(bulk is not None):
+            self.store_tile_bulk(acc, tokens, thread, *target, bulk)
         else:
-            self.store_tile(acc, tokens, thread, *target, mOut)
+            self.store_tile(acc, tokens, thread, *target)
         return stage, phase
+
+    def weight_addresses(self, pipeline: Pipeline, panel: Int32, row_warp: Int32, lane: Int32):
+        """-> where a thread reads codes and scales of a panel's first block in the first stage (sm90/layout.py)."""
+        panel_codes = self.tile.blocks * BLOCK_CODE_BYTES
+        panel_scales = self.tile.blocks * BLOCK_SCALE_BYTES
+        # 16 bytes of codes a lane, 8 bytes of scales for the four lanes of a row
+        codes = smem_address(pipeline.codes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
+        scales = smem_address(pipeline.scales.iterator) + (
+            panel * panel_scales + row_warp * 64 + (lane // 4) * 8
+        )
+        return codes, scales
 
     @cute.jit
     def accumulate(
@@ -492,11 +600,7 @@ class WideLinearKernel:
         count: Int32,
         stage: Int32,
         phase: Int32,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        sX: cute.Tensor,
-        sCodes: cute.Tensor,
-        sScales: cute.Tensor,
+        pipeline: Pipeline,
         bias: Uint32,
     ):
         """The main loop -> (accumulator [64 rows, tokens] of this warpgroup, next stage, its phase)."""
@@ -506,7 +610,7 @@ class WideLinearKernel:
         row_warp = (thread % 128) // 32
         tiled_mma = panels_by_tokens(t.panels, tokens)
         thr_mma = tiled_mma.get_slice(thread)
-        sFirst = cute.local_tile(sX, (tokens, t.blocks * BLOCK_K, t.stages), (0, 0, 0))
+        sFirst = cute.local_tile(pipeline.x, (tokens, t.blocks * BLOCK_K, t.stages), (0, 0, 0))
         tCrX = tiled_mma.make_fragment_B(thr_mma.partition_B(sFirst))
         if cutlass.const_expr(t.lag > 0):
             self.follow(panel, count)
@@ -515,99 +619,125 @@ class WideLinearKernel:
         acc = cute.make_rmem_tensor(thr_mma.partition_shape_C((t.rows, tokens)), Float32)
         acc.fill(0.0)
         tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        panel_codes = t.blocks * BLOCK_CODE_BYTES
-        panel_scales = t.blocks * BLOCK_SCALE_BYTES
-        codes = smem_address(sCodes.iterator) + (panel * panel_codes + row_warp * 512 + lane * 16)
-        scales = smem_address(sScales.iterator) + (panel * panel_scales + row_warp * 64 + (lane // 4) * 8)
+        codes, scales = self.weight_addresses(pipeline, panel, row_warp, lane)
+        stage_codes, stage_scales = (
+            t.panels * t.blocks * BLOCK_CODE_BYTES,
+            t.panels * t.blocks * BLOCK_SCALE_BYTES,
+        )
         # Half a stage of weights is decoded while the wgmmas of the other half run. No branch may stand between
         # a wait_group and the wgmmas after it, and no decode may sink between wgmmas: either makes ptxas
         # serialize them (C7513).
         steps = cutlass.const_expr(t.blocks * STEPS // 2)
         previous = stage
         for i in cutlass.range(count, unroll=1):
-            cute.arch.mbarrier_wait(full + stage, phase)
+            # Wait for a full stage and read its weights
+            cute.arch.mbarrier_wait(pipeline.full + stage, phase)
             words, scale_words = [], []
             for b in cutlass.range_constexpr(t.blocks):
-                words.append(load_words(codes + stage * (t.panels * panel_codes) + b * BLOCK_CODE_BYTES, 4))
-                scale_words.append(
-                    load_words(scales + stage * (t.panels * panel_scales) + b * BLOCK_SCALE_BYTES, 2)
-                )
+                words.append(load_words(codes + stage * stage_codes + b * BLOCK_CODE_BYTES, 4))
+                scale_words.append(load_words(scales + stage * stage_scales + b * BLOCK_SCALE_BYTES, 2))
             for half in cutlass.range_constexpr(2):
                 warpgroup.wait_group(steps)  # the wgmmas that read this half of `weights` are done
-                for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
-                    word = words[step // STEPS][step % STEPS]
-                    scale_word = scale_words[step // STEPS][step % STEPS // 2]
-                    decoded = weight_registers(word, scale_word, step % 2, bias)
-                    for r in cutlass.range_constexpr(4):
-                        weight_words[step * 4 + r] = settle(decoded[r])
+                decode(weight_words, words, scale_words, range(half * steps, (half + 1) * steps), bias)
+                # Issue the wgmmas; the fence orders the registers just written before they read them
                 warpgroup.fence()
                 for step in cutlass.range_constexpr(half * steps, (half + 1) * steps):
                     cute.gemm(tiled_mma, acc, weights[None, None, step], tCrX[None, None, step, stage], acc)
                     warpgroup.commit_group()
+            # Give the previous stage back: the waits above have seen its last wgmmas end
             if i > 0:
-                self.release(empty, previous, lane)
+                self.release(pipeline.empty, previous, lane)
             if cutlass.const_expr(t.lag > 0):
                 self.lead(panel, i, count)
             previous = stage
-            stage += 1
-            if stage == t.stages:
-                stage = Int32(0)
-                phase = phase ^ 1
+            stage, phase = advance(stage, phase, t.stages)
+        # Wait for the sums and give the last stage back
         warpgroup.wait_group(0)
         if count > 0:
-            self.release(empty, previous, lane)
+            self.release(pipeline.empty, previous, lane)
         return acc, stage, phase
 
     @cute.jit
     def lead(self, panel: Int32, step: Int32, count: Int32):
-        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at barrier 4 + panel.
+        """After `lag` steps let the next panel's warpgroup start this tile: `follow` waits at Barrier.LAG_0 + panel.
 
         Tiles of fewer steps than stages do without: a warpgroup could be a whole tile ahead and signal twice.
         """
         if step == self.tile.lag and count >= self.tile.stages:
             for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p:
-                    cute.arch.barrier_arrive(barrier_id=4 + p, number_of_threads=256)
+                    cute.arch.barrier_arrive(barrier_id=Barrier.LAG_0 + p, number_of_threads=256)
 
     @cute.jit
     def follow(self, panel: Int32, count: Int32):
+        """Wait for `lead` of the panel before: 128 threads arrive there, 128 wait here."""
         if count >= self.tile.stages:
             for p in cutlass.range_constexpr(self.tile.panels - 1):
                 if panel == p + 1:
-                    cute.arch.barrier(barrier_id=4 + p, number_of_threads=256)
+                    cute.arch.barrier(barrier_id=Barrier.LAG_0 + p, number_of_threads=256)
 
     @cute.jit
     def meet(self, group: Int32):
         """A barrier of one warpgroup; a computed barrier number would reserve all 16."""
         if group == 0:
-            cute.arch.barrier(barrier_id=1, number_of_threads=128)
+            cute.arch.barrier(barrier_id=Barrier.WARPGROUP_0, number_of_threads=128)
         else:
             if cutlass.const_expr(self.tile.panels == 3):
                 if group == 1:
-                    cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.WARPGROUP_1, number_of_threads=128)
                 else:
-                    cute.arch.barrier(barrier_id=3, number_of_threads=128)
+                    cute.arch.barrier(barrier_id=Barrier.WARPGROUP_2, number_of_threads=128)
             else:
-                cute.arch.barrier(barrier_id=2, number_of_threads=128)
+                cute.arch.barrier(barrier_id=Barrier.WARPGROUP_1, number_of_threads=128)
+
+    @cute.jit
+    def factors(
+        self,
+        row: Int32,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        results: Results,
+    ):
+        """What a thread multiplies its rows r = `row` and r + 8 by, and what it adds."""
+        factor = cute.make_rmem_tensor(2, Float32)
+        offset = cute.make_rmem_tensor(2, Float32)
+        for h in cutlass.range_constexpr(2):
+            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
+            if cutlass.const_expr(self.has_bias):
+                offset[h] = results.bias[cutlass.min(row + 8 * h, results.out.shape[1] - 1)]
+        return factor, offset
+
+    def scaled(self, acc: cute.Tensor, octet: int, factor: cute.Tensor, offset: cute.Tensor) -> list[Float32]:
+        """A thread's results of 8 tokens: two tokens of row r, then of row r + 8."""
+        v = [acc[octet * 4 + i] * factor[i // 2] for i in range(4)]
+        return [v[i] + offset[i // 2] for i in range(4)] if self.has_bias else v
+
+    def stage_bf16(self, acc, chunk: int, octets: int, factor, offset, address: Int32, pitch: int) -> None:
+        """Write chunk number `chunk`, of so many octets of tokens, transposed to rows of tokens `pitch` bytes apart."""
+        for octet in range(octets):
+            v = self.scaled(acc, chunk * octets + octet, factor, offset)
+            packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
+            if octet % 2 == 0:
+                waiting = packed
+            else:
+                store_matrices_transposed(address + (octet - 1) * 8 * pitch, *waiting, *packed)
 
     @cute.jit
     def store_tile(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        results: Results,
     ):
         """Scale, transpose through shared memory a few tokens at a time, store rows of `out`.
 
         Each warpgroup stores its own panel without meeting the others: one stores while another multiplies.
         """
         t = self.tile
+        mOut = results.out
         wide_out = cutlass.const_expr(mOut.element_type.width == 32)
         chunk = cutlass.const_expr(t.output_tokens // 2 if wide_out else t.output_tokens)
         pitch = cutlass.const_expr(
@@ -618,71 +748,70 @@ class WideLinearKernel:
         inside = thread % 128
         lane = thread % 32
         row = inside // 32 * 16 + lane // 4
-        first_n = row_tile * t.rows + panel * PANEL_ROWS
-        factor = cute.make_rmem_tensor(2, Float32)
-        offset = cute.make_rmem_tensor(2, Float32)
-        for h in cutlass.range_constexpr(2):
-            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
-            if cutlass.const_expr(self.has_bias):
-                offset[h] = mBias[cutlass.min(first_n + row + 8 * h, mOut.shape[1] - 1)]
+        first_n = place.row_tile * t.rows + panel * PANEL_ROWS
+        factor, offset = self.factors(first_n + row, row_scales, results)
         buffer = smem_address(storage.output.data_ptr()) + panel * panel_bytes
         matrix = lane // 8
         matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
-        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
-        elements = cutlass.const_expr(128 // mOut.element_type.width)
-        rows_per_pass = cutlass.const_expr(128 // per_row)
         for e in cutlass.range_constexpr(tokens // chunk):
             half_buffer = buffer + (e % 2) * (panel_bytes // 2)
-            for octet in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
-                if cutlass.const_expr(self.has_bias):
-                    v = [v[i] + offset[i // 2] for i in range(4)]
-                if cutlass.const_expr(wide_out):
+            if cutlass.const_expr(wide_out):
+                for octet in cutlass.range_constexpr(chunk // 8):
+                    v = self.scaled(acc, e * (chunk // 8) + octet, factor, offset)
                     for i in cutlass.range_constexpr(4):
                         token = octet * 8 + (lane % 4) * 2 + i % 2
                         store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
-                else:
-                    packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                    if cutlass.const_expr(octet % 2 == 0):
-                        waiting = packed
-                    else:
-                        store_matrices_transposed(
-                            half_buffer + matrix_address + (octet - 1) * 8 * pitch, *waiting, *packed
-                        )
+            else:
+                self.stage_bf16(acc, e, chunk // 8, factor, offset, half_buffer + matrix_address, pitch)
+            # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
+            # whoever writes this one again has met everybody after their reads.
             self.meet(panel)
-            for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
-                token = inside // per_row + j * rows_per_pass
-                m = first_token + e * chunk + token
-                n = first_n + inside % per_row * elements
-                if m < mOut.shape[0] and token < chunk:
-                    words = load_words(half_buffer + token * pitch + inside % per_row * 16, 4)
+            self.store_chunk(half_buffer, chunk, pitch, inside, place.first_token + e * chunk, first_n, mOut)
+
+    @cute.jit
+    def store_chunk(
+        self,
+        buffer: Int32,
+        chunk: cutlass.Constexpr[int],
+        pitch: cutlass.Constexpr[int],
+        inside: Int32,
+        first_m: Int32,
+        first_n: Int32,
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+    ):
+        """A warpgroup copies `chunk` rows of `out`, 64 columns of each, from shared memory, 16 bytes a thread."""
+        per_row = cutlass.const_expr(PANEL_ROWS * mOut.element_type.width // 128)  # 16-byte pieces
+        elements = cutlass.const_expr(128 // mOut.element_type.width)
+        rows_per_pass = cutlass.const_expr(128 // per_row)
+        for j in cutlass.range_constexpr(-(-chunk // rows_per_pass)):
+            token = inside // per_row + j * rows_per_pass
+            m = first_m + token
+            n = first_n + inside % per_row * elements
+            if m < mOut.shape[0] and token < chunk:
+                words = load_words(buffer + token * pitch + inside % per_row * 16, 4)
+                if cutlass.const_expr(self.aligned_rows):
+                    if n < mOut.shape[1]:
+                        store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), words)
+                else:
                     piece = cute.make_rmem_tensor(4, Uint32)
                     for i in cutlass.range_constexpr(4):
                         piece[i] = words[i]
-                    if cutlass.const_expr(self.aligned_rows):
-                        if n < mOut.shape[1]:
-                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
-                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
-                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
-                    else:
-                        values = cute.recast_tensor(piece, mOut.element_type)
-                        for i in cutlass.range_constexpr(elements):
-                            if n + i < mOut.shape[1]:
-                                mOut[m, n + i] = values[i]
+                    values = cute.recast_tensor(piece, mOut.element_type)
+                    for i in cutlass.range_constexpr(elements):
+                        if n + i < mOut.shape[1]:
+                            mOut[m, n + i] = values[i]
 
     @cute.jit
     def store_tile_bulk(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         tokens: cutlass.Constexpr[int],
         thread: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        n: Int32,
-        results: tuple,
+        row_scales: cute.Tensor,  # f32 (2,), of rows r and r + 8
+        results: Results,
+        bulk: BulkStore,
     ):
         """store_tile with TMA for the last step: a warpgroup's first warp sends each piece, and nobody waits for it.
 
@@ -690,55 +819,52 @@ class WideLinearKernel:
         write piece e + 1 after it.
         """
         t = self.tile
-        out_atom, tOut, out_layout = results
         chunk = cutlass.const_expr(t.output_tokens)
         piece_bytes = cutlass.const_expr(chunk * PANEL_ROWS * 2)
         panel = thread // 128
         inside = thread % 128
         lane = thread % 32
         sends = cute.arch.make_warp_uniform(inside // 32) == 0
-        factor = cute.make_rmem_tensor(2, Float32)
-        offset = cute.make_rmem_tensor(2, Float32)
-        for h in cutlass.range_constexpr(2):
-            factor[h] = row_scales[h] * Float32(EPILOGUE_SCALE)
-            if cutlass.const_expr(self.has_bias):
-                row = row_tile * t.rows + thread // 32 * 16 + lane // 4 + 8 * h
-                offset[h] = mBias[cutlass.min(row, n - 1)]
-        output = cute.recast_ptr(storage.output.data_ptr(), out_layout.inner, dtype=BFloat16)
-        sOut = cute.make_tensor(output, out_layout.outer)
-        gOut = cute.local_tile(tOut, (chunk, PANEL_ROWS), (None, None))
-        tOs, tOg = partition_loads(out_atom, sOut, gOut, 2)
+        row = place.row_tile * t.rows + thread // 32 * 16 + lane // 4
+        factor, offset = self.factors(row, row_scales, results)
+        output = cute.recast_ptr(storage.output.data_ptr(), bulk.layout.inner, dtype=BFloat16)
+        sOut = cute.make_tensor(output, bulk.layout.outer)
+        gOut = cute.local_tile(bulk.out, (chunk, PANEL_ROWS), (None, None))
+        tOs, tOg = partition_loads(bulk.atom, sOut, gOut, 2)
         # Row lane % 8 of matrix lane // 8: a token's 128 bytes of a panel's results, 128B-swizzled.
         matrix = lane // 8
         column = inside // 32 * 2 + matrix % 2
         address = (lane % 8 + matrix // 2 * 8) * (PANEL_ROWS * 2) + (column ^ (lane % 8)) * 16
         address += smem_address(storage.output.data_ptr()) + panel * (BULK_BUFFERS * piece_bytes)
+        # Wait until TMA has read the tile before: bulk groups belong to the thread that committed them, so its
+        # warp waits, and the others wait for it
         if sends:
-            cute.arch.cp_async_bulk_wait_group(0, read=True)  # of the tile before
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
         self.meet(panel)
         for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
-            for octet in cutlass.range_constexpr(chunk // 8):
-                v = [acc[(e * (chunk // 8) + octet) * 4 + i] * factor[i // 2] for i in range(4)]
-                if cutlass.const_expr(self.has_bias):
-                    v = [v[i] + offset[i // 2] for i in range(4)]
-                packed = (pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]))
-                if cutlass.const_expr(octet % 2 == 0):
-                    waiting = packed
-                else:
-                    target = address + (buffer * piece_bytes + (octet - 1) * 8 * PANEL_ROWS * 2)
-                    store_matrices_transposed(target, *waiting, *packed)
+            target = address + buffer * piece_bytes
+            self.stage_bf16(acc, e, chunk // 8, factor, offset, target, PANEL_ROWS * 2)
+            # Hand the piece over: each thread makes its own writes visible to TMA's proxy, then all meet
             cute.arch.fence_view_async_shared()
             if sends:
                 cute.arch.cp_async_bulk_wait_group(1, read=True)
             self.meet(panel)
+            # Issue the TMA store
             if sends:
-                piece = (first_token // chunk + e, row_tile * t.panels + panel)
-                cute.copy(out_atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
+                piece = (place.first_token // chunk + e, place.row_tile * t.panels + panel)
+                cute.copy(bulk.atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
                 cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
-    def send_partials(self, acc: cute.Tensor, thread: Int32, rank: Int32, storage, reduced: Int32):
+    def send_partials(
+        self,
+        acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
+        thread: Int32,
+        rank: Int32,
+        storage,
+        reduced: Int32,
+    ):
         """Partial sums of token slice `octet` go to the CTA octet % split_k of the cluster."""
         t = self.tile
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
@@ -753,7 +879,12 @@ class WideLinearKernel:
                 store_in_cluster(target, values)
 
     @cute.jit
-    def load_reduced_scales(self, row_tile: Int32, thread: Int32, mRowScale: cute.Tensor):
+    def load_reduced_scales(
+        self,
+        row_tile: Int32,
+        thread: Int32,
+        mRowScale: cute.Tensor,  # f32 [N]
+    ):
         """The scales of the 8 rows that a thread adds in `reduce_partials`."""
         scales = cute.make_rmem_tensor(8, Float32)
         first_n = self.reduced_row(row_tile, thread)
@@ -771,13 +902,10 @@ class WideLinearKernel:
     def reduce_partials(
         self,
         thread: Int32,
-        rank: Int32,
-        row_tile: Int32,
-        first_token: Int32,
+        place: Place,
         storage,
-        row_scales: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        row_scales: cute.Tensor,  # f32 (8,), of this thread's rows
+        results: Results,
     ):
         """Add the token slices this CTA owns in ascending k order, scale, store.
 
@@ -786,6 +914,7 @@ class WideLinearKernel:
         would meet in the same banks.
         """
         t = self.tile
+        mOut = results.out
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
         lines = cutlass.const_expr(PANEL_ROWS * t.panels)  # of a slice: half as many as threads
         slice_words = cutlass.const_expr(128 * t.panels * 4)
@@ -793,12 +922,11 @@ class WideLinearKernel:
         line = thread % lines
         odd = line // 16 % 2
         word = line // 16 * 128 + line % 16
-        first_n = self.reduced_row(row_tile, thread)
-        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
+        first_n = self.reduced_row(place.row_tile, thread)
         for i in cutlass.range_constexpr(-(-slices // 2)):
             s = thread // lines + 2 * i
-            octet = s * t.split_k + rank
-            m = first_token + octet * 8 + line // 4 % 4 * 2 + line % 2
+            octet = s * t.split_k + place.rank
+            m = place.first_token + octet * 8 + line // 4 % 4 * 2 + line % 2
             if s < slices and octet < t.tokens // 8 and m < mOut.shape[0]:
                 total = [Float32(0.0) for _ in range(8)]
                 for source in cutlass.range_constexpr(t.split_k):
@@ -811,20 +939,28 @@ class WideLinearKernel:
                     value = total[r] if odd == 0 else total[r ^ 1]
                     value = value * (row_scales[r] * Float32(EPILOGUE_SCALE))
                     if cutlass.const_expr(self.has_bias):
-                        value = value + mBias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
+                        value = value + results.bias[cutlass.min(first_n + r, mOut.shape[1] - 1)]
                     values[r] = value.to(mOut.element_type)
-                words = cute.recast_tensor(values, Uint32)
-                for q in cutlass.range_constexpr(8 // elements):
-                    n = first_n + q * elements
-                    if cutlass.const_expr(self.aligned_rows):
-                        if n < mOut.shape[1]:
-                            piece = cute.make_rmem_tensor(4, Uint32)
-                            for j in cutlass.range_constexpr(4):
-                                piece[j] = words[4 * q + j]
-                            target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
-                            target = cute.recast_ptr(target.align(16), dtype=Uint32)
-                            cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
-                    else:
-                        for j in cutlass.range_constexpr(elements):
-                            if n + j < mOut.shape[1]:
-                                mOut[m, n + j] = values[q * elements + j]
+                self.store_values(values, m, first_n, mOut)
+
+    @cute.jit
+    def store_values(
+        self,
+        values: cute.Tensor,  # of out's type (8,)
+        m: Int32,
+        first_n: Int32,
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+    ):
+        """Eight columns of a row of `out` from registers, 16 bytes at a time."""
+        elements = cutlass.const_expr(128 // mOut.element_type.width)  # in 16 bytes
+        words = cute.recast_tensor(values, Uint32)
+        for q in cutlass.range_constexpr(8 // elements):
+            n = first_n + q * elements
+            if cutlass.const_expr(self.aligned_rows):
+                if n < mOut.shape[1]:
+                    piece = [words[4 * q + j] for j in range(4)]
+                    store_words(mOut.iterator + (Int64(m) * mOut.shape[1] + n), piece)
+            else:
+                for j in cutlass.range_constexpr(elements):
+                    if n + j < mOut.shape[1]:
+                        mOut[m, n + j] = values[q * elements + j]

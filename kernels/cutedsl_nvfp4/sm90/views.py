@@ -1,7 +1,122 @@
-"""Views of Hopper's operands, in the order of TMA's dimensions."""
+"""Views of Hopper's operands in the order of TMA's dimensions, and what all kernels share of the pipeline's stages."""
+
+from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import BFloat16, Int32
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from ..device.views import partition_loads
+from .layout import CODE_WORDS, SCALE_WORDS
+from .tiles import BLOCK_K
+
+SWIZZLE_ATOM = warpgroup.SmemLayoutAtomKind.K_SW128  # a token's 64 k of bf16 are one row of 128 bytes
+
+
+class StageLayouts(NamedTuple):
+    """Shared memory of all stages; a stage's weights are a box of blocks, or of blocks by panels."""
+
+    x: cute.ComposedLayout  # (tokens, stage's k, stages), 128B-swizzled
+    codes: cute.Layout  # (256, *box, stages)
+    scales: cute.Layout  # (64, *box, stages)
+
+
+class Pipeline(NamedTuple):
+    """The stages in shared memory, and for each of them two mbarriers."""
+
+    full: cute.Pointer  # what the producer announced has arrived
+    empty: cute.Pointer  # the consumers are done with it
+    x: cute.Tensor  # bf16 (tokens, stage's k, stages), 128B-swizzled
+    codes: cute.Tensor  # int64 (256, *box, stages)
+    scales: cute.Tensor  # int32 (64, *box, stages)
+
+
+class Weights(NamedTuple):
+    """TMA's atoms for packed weights, and its views of a linear's [P, ...] or of experts' [E, P, ...]."""
+
+    code_atom: cute.CopyAtom
+    codes: cute.Tensor  # int64 (256, KB, P[, E])
+    scale_atom: cute.CopyAtom
+    scales: cute.Tensor  # int32 (64, KB, P[, E])
+
+
+class WeightLoads(NamedTuple):
+    """`Weights` as a producer warp loads them: from boxes in global memory to stages in shared memory."""
+
+    code_atom: cute.CopyAtom
+    codes: cute.Tensor  # int64 (box, boxes...)
+    code_stages: cute.Tensor  # int64 (box, stages)
+    scale_atom: cute.CopyAtom
+    scales: cute.Tensor  # int32 (box, boxes...)
+    scale_stages: cute.Tensor  # int32 (box, stages)
+
+
+def token_layout(tokens: int, blocks: int, stages: int) -> cute.ComposedLayout:
+    """Tokens by stage, as TMA or cp.async write them and ldmatrix or wgmma read them."""
+    atom = warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16)
+    return cute.tile_to_shape(atom, (tokens, blocks * BLOCK_K, stages), order=(0, 1, 2))
+
+
+def stage_layouts(tokens: int, box: tuple[int, ...], stages: int) -> StageLayouts:
+    """`box`: blocks of k a stage, and panels where it has several."""
+    return StageLayouts(
+        x=token_layout(tokens, box[0], stages),
+        codes=cute.make_layout((CODE_WORDS, *box, stages)),
+        scales=cute.make_layout((SCALE_WORDS, *box, stages)),
+    )
+
+
+def one_stage(layout: cute.Layout) -> cute.Layout:
+    """What TMA writes at a time of a layout by stage."""
+    return cute.slice_(layout, (None,) * (cute.rank(layout) - 1) + (0,))
+
+
+def weights_by_tma(codes: cute.Tensor, scales: cute.Tensor, layouts: StageLayouts, box: tuple) -> Weights:
+    """The loads of `codes` and `scales`, which are views from `block_view` or `expert_view`."""
+    load = cpasync.CopyBulkTensorTileG2SOp()
+    return Weights(
+        *cpasync.make_tiled_tma_atom(load, codes, one_stage(layouts.codes), (CODE_WORDS, *box)),
+        *cpasync.make_tiled_tma_atom(load, scales, one_stage(layouts.scales), (SCALE_WORDS, *box)),
+    )
+
+
+def pipeline_in(storage, layouts: StageLayouts) -> Pipeline:
+    """The pipeline in a kernel's shared memory."""
+    return Pipeline(
+        full=storage.full.data_ptr(),
+        empty=storage.empty.data_ptr(),
+        x=storage.x.get_tensor(layouts.x.outer, swizzle=layouts.x.inner),
+        codes=storage.codes.get_tensor(layouts.codes),
+        scales=storage.scales.get_tensor(layouts.scales),
+    )
+
+
+def partition_weights(weights: Weights, pipeline: Pipeline, box: tuple, where: tuple) -> WeightLoads:
+    """The loads of the boxes that `where` selects, by k step and by whatever else it leaves open."""
+    modes = 1 + len(box)
+    gCodes = cute.local_tile(weights.codes, (CODE_WORDS, *box), (0, *where))
+    gScales = cute.local_tile(weights.scales, (SCALE_WORDS, *box), (0, *where))
+    tCs, tCg = partition_loads(weights.code_atom, pipeline.codes, gCodes, modes)
+    tSs, tSg = partition_loads(weights.scale_atom, pipeline.scales, gScales, modes)
+    return WeightLoads(weights.code_atom, tCg, tCs, weights.scale_atom, tSg, tSs)
+
+
+@cute.jit
+def load_weights(loads: WeightLoads, box: tuple, stage: Int32, full: cute.Pointer, expected: Int32):
+    """Tell a stage's barrier to wait for `expected` bytes (with those of tokens by TMA), then load its weights."""
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, expected)
+    copy_weights(loads, box, stage, full)
+
+
+@cute.jit
+def copy_weights(loads: WeightLoads, box: tuple, stage: Int32, full: cute.Pointer):
+    """Issue the TMA loads of a stage's weights."""
+    for atom, source, target in (
+        (loads.code_atom, loads.codes, loads.code_stages),
+        (loads.scale_atom, loads.scales, loads.scale_stages),
+    ):
+        cute.copy(atom, source[None, *box], target[None, stage], tma_bar_ptr=full + stage)
 
 
 @cute.jit
