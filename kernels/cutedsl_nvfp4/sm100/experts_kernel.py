@@ -5,7 +5,8 @@
     w2    y[pair of s, n] = acc * act_scale * row_scale
 
 A slot is a row of the scratch: tile i of the table holds slots tokens * i and following. Weights are the
-instruction's M, 128 rows to a panel; tokens are its N, so that a few tokens take a small tile.
+instruction's M, tokens its N, so that a few tokens take a small tile. A panel is here an accumulator of 128 weight
+rows (256 of two CTAs), not the 64 packed rows of Hopper's weights; w13's two are gate and up.
 
     weights       e2m1 [E, N, K], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 atoms
     tokens        e2m1 [R, K] by slot; their scales e4m3 [tiles * atoms, KB, 32, 16], atoms of each tile its own
@@ -40,7 +41,7 @@ from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive, store_bf16
 from .tiles import GROUPS_PER_ATOM, ROWS, TENSOR_COLUMNS, TILE_K, GroupedTile
 
-PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output: no bank conflicts
+PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output; 16 more than its rows: no bank conflicts
 TMEM_BARRIER, FIRST_GROUP_BARRIER = 1, 2
 
 
@@ -67,6 +68,8 @@ class ExpertsKernel:
     Pipelines
         stages           TMA -> MMA, `tile.stages` of 256 k
         accumulators     MMA -> epilogue, one or two tiles
+        Both are cutlass.pipeline's: an accumulator's index names its barriers and its columns, which linear_kernel.py's
+        overlapping accumulators do not have in common.
     With two CTAs a panel is 256 rows; a CTA loads and stores its 128 of them and loads half of the tokens.
     """
 
@@ -256,20 +259,20 @@ class ExpertsKernel:
     def kernel(
         self,
         weight_atom: cute.CopyAtom,
-        mWeights: cute.Tensor,
+        mWeights: cute.Tensor,  # e2m1 (rows of a matrix, K, matrices), coordinates for TMA
         token_atom: cute.CopyAtom,
-        mTokens: cute.Tensor,
+        mTokens: cute.Tensor,  # e2m1 (R, K, 1)
         weight_scale_atom: cute.CopyAtom,
-        mWeightScales: cute.Tensor,
+        mWeightScales: cute.Tensor,  # e4m3 (((32, 4), atoms), ((16, 4), atoms), matrices)
         token_scale_atom: cute.CopyAtom,
-        mTokenScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mActScale: cute.Tensor,
-        mTable: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
+        mTokenScales: cute.Tensor,  # e4m3 (((32, 4), atoms), ((16, 4), atoms), 1)
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]
         by_slot: Int32,
         by_expert: Int32,
         out_by_expert: Int32,
@@ -292,6 +295,8 @@ class ExpertsKernel:
         if warp == self.tma_warp:
             for atom in (weight_atom, token_atom, weight_scale_atom, token_scale_atom):
                 cpasync.prefetch_descriptor(atom)
+        # Initialize the barriers. Of a pair, no CTA may signal the other's before they are there: it waits below, and
+        # makes its views meanwhile. The inits are fenced, so the arrival may be relaxed.
         loads, sums, tmem = self.synchronization(storage, layouts)
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
 
@@ -325,6 +330,8 @@ class ExpertsKernel:
             by_row = cute.make_layout(cute.slice_(layouts.cluster, (0, 0, None, 0)).shape)
             by_token = cute.make_layout(cute.slice_(layouts.cluster, (0, None, 0, 0)).shape)
             by_scale = cute.make_layout(cute.slice_(layouts.scale_cluster, (0, None, 0, 0)).shape)
+            # The tokens' scales alone are multicast: both CTAs of a pair need all of them, and each loads half for
+            # both. Other loads ignore their masks.
             masks = (None, None, None, None)
             if cutlass.const_expr(t.ctas_per_mma == 2):
                 mask_a = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=2)
@@ -342,7 +349,8 @@ class ExpertsKernel:
                 token_scale_atom, scale_coordinate[1], by_scale, sTokenScales, gTokenScales
             )
             state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
-            early = Int32(0)  # stages whose weights do not wait for the previous kernel
+            # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous one.
+            early = Int32(0)  # stages that have their weights, and whose bytes have been announced
             expert, first_slot, _, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
             if first < units:
                 early = cutlass.min(count, t.stages)
@@ -352,18 +360,23 @@ class ExpertsKernel:
                         weights, weight_scales, masks, loads, state, k, first % row_tiles, expert
                     )
                     state.advance()
+            # From the first stage again: their tokens arrive at the same barriers, once the previous kernel, which
+            # writes them, is complete.
             state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
             cute.arch.griddepcontrol_wait()
             for unit in cutlass.range(first, units, step, unroll=1):
+                # The next unit's entry arrives during this one's loads.
                 following = cutlass.min(unit + step, units - 1)
                 next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
                 token_at = first_slot // t.tokens
                 row_tile = unit % row_tiles
                 for k in cutlass.range(count, unroll=1):
                     if early <= 0:
+                        # Wait for a free stage, announce its bytes and issue the weights' loads
                         loads.producer_acquire(state)
                         self.load_weights(weights, weight_scales, masks, loads, state, k, row_tile, expert)
                     early -= 1
+                    # Issue the tokens' loads
                     barrier = loads.producer_get_barrier(state)
                     atom, tSource, tTarget = tokens
                     cute.copy(
@@ -383,9 +396,11 @@ class ExpertsKernel:
                     )
                     state.advance()
                 expert, first_slot, _, _ = next_entry
+            # Drain the ring: a CTA that ended before the MMAs' last arrivals would have them in memory not its own.
             loads.producer_tail(state)
 
         if warp == self.mma_warp:
+            # Wait for tensor memory, whose address the first epilogue warp leaves in shared memory
             tmem.wait_for_alloc()
             self.multiply(
                 mma,
@@ -405,11 +420,14 @@ class ExpertsKernel:
             )
 
         if warp < self.mma_warp:
+            # Allocate tensor memory
             tmem.allocate(TENSOR_COLUMNS)
             tmem.wait_for_alloc()
             columns = tmem.retrieve_ptr(Float32)
-            cute.arch.griddepcontrol_wait()  # for act_scale by slot, and what is overwritten here
+            # act_scale by slot is the previous kernel's result, and what is overwritten here it may still read.
+            cute.arch.griddepcontrol_wait()
             # Not before tensor memory is this kernel's: a successor could take it and wait for this one.
+            # Not before the wait either: so the next kernel finds complete, without waiting, what came before this one.
             cute.arch.griddepcontrol_launch_dependents()
             self.store(
                 cute.make_tensor(columns, sums_layout),
@@ -433,6 +451,8 @@ class ExpertsKernel:
                 step,
                 member,
             )
+            # Free tensor memory: all epilogue warps have read it after the barrier. Of a pair, `free` waits for the
+            # other CTA, because both free theirs together.
             tmem.relinquish_alloc_permit()
             pipeline.NamedBarrier(
                 barrier_id=FIRST_GROUP_BARRIER + 2, num_threads=128 * t.epilogue_groups
@@ -440,13 +460,16 @@ class ExpertsKernel:
             tmem.free(columns)
 
     def synchronization(self, storage, layouts: Layouts):
-        """(pipeline of stages, pipeline of accumulators, allocator of tensor memory)."""
+        """(pipeline of stages, pipeline of accumulators, allocator of tensor memory).
+
+        `defer_sync`: the kernel itself waits for the inits, once for all of them.
+        """
         t = self.tile
         loads = pipeline.PipelineTmaUmma.create(
             barrier_storage=storage.loads.data_ptr(),
             num_stages=t.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),  # the MMA warp's commit
             tx_count=t.stage_bytes * t.ctas_per_mma,
             cta_layout_vmnk=layouts.cluster,
             defer_sync=True,
@@ -455,7 +478,7 @@ class ExpertsKernel:
             barrier_storage=storage.sums.data_ptr(),
             num_stages=t.accumulator_stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(
+            consumer_group=pipeline.CooperativeGroup(  # every epilogue thread of all CTAs of the MMA
                 pipeline.Agent.Thread, 128 * t.epilogue_groups * t.ctas_per_mma
             ),
             cta_layout_vmnk=layouts.cluster,
@@ -473,7 +496,14 @@ class ExpertsKernel:
         return loads, sums, tmem
 
     @cute.jit
-    def partition_loads(self, atom, member, members, shared: cute.Tensor, tiles: cute.Tensor):
+    def partition_loads(
+        self,
+        atom: cute.CopyAtom,
+        member,
+        members: cute.Layout,
+        shared: cute.Tensor,  # (MMA, rows, K, stages) or, of the weights, (MMA, rows, K, stages * panels)
+        tiles: cute.Tensor,  # (MMA, rows, K, row tiles, k tiles, matrices)
+    ):
         """(atom, global view by tile, shared view by stage) of one TMA load."""
         tTarget, tSource = cpasync.tma_partition(
             atom, member, members, cute.group_modes(shared, 0, 3), cute.group_modes(tiles, 0, 3)
@@ -504,7 +534,11 @@ class ExpertsKernel:
                 )
 
     @cute.jit
-    def scale_copy(self, shared: cute.Tensor, target: cute.Tensor):
+    def scale_copy(
+        self,
+        shared: cute.Tensor,  # e4m3 (MMA, rows, K, stages), or stages * panels
+        target: cute.Tensor,  # e4m3 (MMA, rows, K) in tensor memory
+    ):
         """(tiled copy, shared view by stage, tensor memory view) of block scales on their way to tensor memory."""
         group = tcgen05.CtaGroup.TWO if self.tile.ctas_per_mma == 2 else tcgen05.CtaGroup.ONE
         compact = cute.filter_zeros(target)
@@ -519,10 +553,10 @@ class ExpertsKernel:
         mma: cute.TiledMma,
         columns: cute.Pointer,
         sums_layout: cute.Layout,
-        sWeights: cute.Tensor,
-        sTokens: cute.Tensor,
-        sWeightScales: cute.Tensor,
-        sTokenScales: cute.Tensor,
+        sWeights: cute.Tensor,  # e2m1 (MMA, rows, K, stages * panels)
+        sTokens: cute.Tensor,  # e2m1 (MMA, tokens, K, stages)
+        sWeightScales: cute.Tensor,  # e4m3 (MMA, rows, K, stages * panels)
+        sTokenScales: cute.Tensor,  # e4m3 (MMA, tokens, K, stages)
         loads,
         sums,
         leads: cutlass.Boolean,
@@ -537,7 +571,9 @@ class ExpertsKernel:
         tCrWeights = mma.make_fragment_A(sWeights)
         tCrTokens = mma.make_fragment_B(sTokens)
         tCtSums = cute.make_tensor(columns, sums_layout)
+        # Columns: the accumulators, the scales of every panel, the tokens' scales
         used = t.panels * t.accumulator_stages * t.tokens
+        # For each MMA of k = 64 four columns: an atom's 512 scales, a copy for every 32 lanes
         panel_columns = TILE_K // 64 * 4
         weight_layout = blockscaled.make_tmem_layout_sfa(
             mma, self.mma_tile, GROUP_SIZE, cute.slice_(layouts.weight_scales, (None, None, None, 0))
@@ -561,16 +597,20 @@ class ExpertsKernel:
         sums_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.accumulator_stages)
         for _ in cutlass.range(first, units, step, unroll=1):
             if leads:
+                # Wait for a free accumulator; the fence keeps our MMAs after the epilogue's tcgen05.ld of it.
                 sums.producer_acquire(sums_state)
                 fence_after_wait()
                 for k in cutlass.range(count, unroll=1):
+                    # Wait for the loads. TMA writes and tcgen05 reads in the async proxy: no fence between proxies.
                     loads.consumer_wait(load_state)
+                    # Copy the scales: tcgen05.cp and mma of one thread run in the order issued, without a barrier.
                     copy, source, target = token_copy
                     cute.copy(copy, source[None, None, None, None, load_state.index], target)
                     for p in cutlass.range_constexpr(t.panels):
                         copy, source, target = weight_copies[p]
                         slot = load_state.index * t.panels + p
                         cute.copy(copy, source[None, None, None, None, slot], target)
+                    # Issue the MMAs of every panel; a tile's first ones overwrite the accumulator.
                     for p in cutlass.range_constexpr(t.panels):
                         mma.set(tcgen05.Field.ACCUMULATE, k != 0)
                         acc = tCtSums[None, None, None, sums_state.index * t.panels + p]
@@ -581,10 +621,13 @@ class ExpertsKernel:
                             [tCrTokens[None, None, None, load_state.index], tTokenScales],
                             acc,
                         )
+                    # Give the stage back once its MMAs have read it
                     loads.consumer_release(load_state)
                     load_state.advance()
+                # Hand the accumulators to the epilogue
                 sums.producer_commit(sums_state)
             sums_state.advance()
+        # The other CTA's epilogue arrives at this CTA's barriers: not after it has ended.
         sums.producer_tail(sums_state)
 
     def accumulator_load(self, tCtSums: cute.Tensor, thread):
@@ -598,23 +641,29 @@ class ExpertsKernel:
         return load, thr_load.partition_S(chunks), values
 
     @cute.jit
-    def read_sums(self, load, source: cute.Tensor, target: cute.Tensor):
+    def read_sums(
+        self,
+        load,
+        source: cute.Tensor,  # f32 (values, 1, 1), in tensor memory
+        target: cute.Tensor,  # f32 (values, 1, 1)
+    ):
         cute.copy(load, source, target)
+        # tcgen05.ld is asynchronous: its registers hold the values after this wait only.
         cute.arch.fence_view_async_tmem_load()
 
     @cute.jit
     def store(
         self,
-        tCtSums: cute.Tensor,
+        tCtSums: cute.Tensor,  # f32 (MMA, 1, 1, tile * panels + panel) in tensor memory
         thread: Int32,
         storage,
         sums,
-        mRowScale: cute.Tensor,
-        mActScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]
         by_slot: Int32,
         by_expert: Int32,
         out_by_expert: Int32,
@@ -648,7 +697,8 @@ class ExpertsKernel:
         for unit in cutlass.range(first, units, step, unroll=1):
             following = cutlass.min(unit + step, units - 1)
             next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
-            self.meet(group)  # the previous tile's scales and pairs have been read
+            # Leave the tile's scales and pairs in shared memory. Before: all have read the previous tile's.
+            self.meet(group)
             for slot in cutlass.range(inside, t.tokens, 128, unroll=1):
                 if slot < slots:
                     at = by_slot * (first_slot + slot) + by_expert * expert
@@ -671,11 +721,13 @@ class ExpertsKernel:
             out_scale = Float32(1.0)
             if cutlass.const_expr(self.result is Result.NVFP4):
                 out_scale = mOutActScale[out_by_expert * expert]
+            # Every thread's scales and pairs are there for all of the group.
             self.meet(group)
+            # Wait for the tile's MMAs; the fence keeps our tcgen05.ld after them.
             sums.consumer_wait(state)
             fence_after_wait()
             count = cute.ceil_div(slots, t.chunk)
-            if group >= count:
+            if group >= count:  # no chunk for this group; the MMA warp waits for its arrivals all the same
                 sums.consumer_release(state)
             for e in cutlass.range(group, count, t.epilogue_groups, unroll=1):
                 chunk_slots = slots - e * t.chunk
@@ -683,10 +735,13 @@ class ExpertsKernel:
                     for p in cutlass.range_constexpr(len(acc)):
                         source = tSums[None, None, None, 0, e, state.index * t.panels + turn + p]
                         self.read_sums(load, source, acc[p])
+                    # Give the accumulators back after the group's last chunk; the fence keeps the loads before it.
                     last = cutlass.const_expr(turn + len(acc) == t.panels)
                     if last and e + t.epilogue_groups >= count:
                         fence_before_arrive()
                         sums.consumer_release(state)
+                    # Stage the chunk, in the half that was not used last: who still reads the other is not overwritten,
+                    # and who wrote this one has met all since, so that one barrier a chunk is enough.
                     buffer = staged + half * half_bytes
                     half = half ^ 1
                     for j in cutlass.range_constexpr(t.chunk):
@@ -698,6 +753,7 @@ class ExpertsKernel:
                         else:
                             value = acc[0][j] * factors[turn] * act_scale
                         store_bf16(buffer + j * PITCH + inside * 2, value)
+                    # All rows of the chunk's slots are staged; store them by slot.
                     self.meet(group)
                     if cutlass.const_expr(self.result is Result.NVFP4):
                         self.store_rounded(
@@ -729,8 +785,8 @@ class ExpertsKernel:
         first_slot: Int32,
         slots: Int32,
         column: Int32,
-        mOut: cute.Tensor,
-        sPairs,
+        mOut: cute.Tensor,  # bf16 [R, I] or [M * T, H]
+        sPairs,  # int32 [tokens], or None
     ):
         """A chunk's 128 columns, 16 bytes a thread; rows are slots from `first_slot` on, or their pairs."""
         lines = cutlass.const_expr(128 // (ROWS * 2 // 16))  # slots at a time
@@ -758,8 +814,8 @@ class ExpertsKernel:
         slots: Int32,
         column: Int32,
         scale: Float32,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
+        mOut: cute.Tensor,  # uint8 [R, I/2]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
     ):
         """A chunk's slots in NVFP4: a thread rounds a group of 16 at a time, four threads have an atom's scales."""
         t = self.tile
@@ -799,7 +855,10 @@ class ExpertsKernel:
 
     @cute.jit
     def meet(self, group: Int32):
-        """A barrier of one group of four warps; a computed barrier number would reserve all 16."""
+        """A barrier of one group of four warps.
+
+        The groups take chunks on their own, so neither may wait for the other. A computed number would reserve all 16.
+        """
         if cutlass.const_expr(self.tile.epilogue_groups == 1):
             cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
         else:

@@ -8,7 +8,7 @@ narrow tile instead of an empty one. Accumulators lie in tensor memory: a lane i
     operand     shape                                     dtype      layout
     codes       [N, K'/2]                                 uint8      K-major, K' = K rounded up to 32
     scales      [groups * ceil(N/groups/128), KB, 32, 16] uint8      ue4m3 in 128x4 tiles, KB = ceil(K / 64)
-    x codes     [M, groups * K'/2]                        uint8      as codes; quantize.py makes them
+    x codes     [M, groups * K'/2]                        uint8      as codes; quantize_kernel.py makes them
     x scales    [groups * ceil(M/128), KB, 32, 16]        uint8      as scales
     act_scale   [1] or [M]                                f32        index m * stride, stride 0 or 1
     row_scale   [N]                                       f32
@@ -29,6 +29,8 @@ Pipelines
     empty[stage]    MMAs that read the stage are done            ->  producers of both CTAs
     done[buffer]    MMAs of the tile are done                    ->  epilogues of both CTAs
     free[buffer]    epilogue warps of both CTAs have read it     ->  MMA warp of rank 0
+    They are stepped by hand, unlike experts_kernel.py's: where accumulators overlap, a tile's columns and its barriers
+    have different indices, and a state of cutlass.pipeline has one.
 Tensor memory
     two accumulators, then the scales of one stage. Where both do not fit (256 tokens), they share columns: the
     epilogue reads those first and frees them, and the next tile's MMAs run while it reads the rest.
@@ -108,18 +110,18 @@ class LinearKernel:
     @cute.jit
     def __call__(
         self,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mXCodes: cute.Tensor,
-        mXScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mCodes: cute.Tensor,  # uint8 [N, K'/2]
+        mScales: cute.Tensor,  # uint8 [groups * ceil(N/groups/128), KB, 32, 16]
+        mXCodes: cute.Tensor,  # uint8 [M, groups * K'/2]
+        mXScales: cute.Tensor,  # uint8 [groups * ceil(M/128), KB, 32, 16]
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         groups: Int32,
-        act_stride: Int32,
-        has_bias: Float32,
-        token_group: Int32,
+        act_stride: Int32,  # 0 for an act_scale of all tokens, 1 for one of each
+        has_bias: Float32,  # 1, or 0 where mBias stands in for none
+        token_group: Int32,  # token tiles that are neighbours in the order of tiles
         max_ctas: Int32,
         stream,
     ):
@@ -225,17 +227,17 @@ class LinearKernel:
         self,
         mma: cute.TiledMma,
         weight_atom: cute.CopyAtom,
-        tWeights: cute.Tensor,
+        tWeights: cute.Tensor,  # e2m1 (N/groups, K', groups), coordinates for TMA
         token_atom: cute.CopyAtom,
-        tTokens: cute.Tensor,
+        tTokens: cute.Tensor,  # e2m1 (M, K', groups)
         weight_scale_atom: cute.CopyAtom,
-        tWeightScales: cute.Tensor,
+        tWeightScales: cute.Tensor,  # int64 (64, KB, ceil(N/groups/128), groups): whole 128x4 tiles
         token_scale_atom: cute.CopyAtom,
-        tTokenScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tTokenScales: cute.Tensor,  # int64 (64, KB, ceil(M/128), groups)
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         group_rows: Int32,
         act_stride: Int32,
         has_bias: Float32,
@@ -260,24 +262,30 @@ class LinearKernel:
         done, free = storage.done.data_ptr(), storage.free.data_ptr()
         sWeights = storage.weights.get_tensor(weight_layout.outer, swizzle=weight_layout.inner)
         sTokens = storage.tokens.get_tensor(token_layout.outer, swizzle=token_layout.inner)
+        # Initialize the barriers
         if warp == PRODUCER_WARP:
             for atom in (weight_atom, token_atom, weight_scale_atom, token_scale_atom):
                 cpasync.prefetch_descriptor(atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, 1)
+                    cute.arch.mbarrier_init(full + stage, 1)  # rank 0's `expect`
+                    cute.arch.mbarrier_init(empty + stage, 1)  # the MMA warp's `commit`
                 for buffer in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(done + buffer, 1)
+                    cute.arch.mbarrier_init(done + buffer, 1)  # the MMA warp's `commit`
                     cute.arch.mbarrier_init(free + buffer, EPILOGUE_WARPS * t.ctas_per_mma)
+            # Releases the inits, to the whole cluster; who uses the barriers does so after a sync below.
             cute.arch.mbarrier_init_fence()
-        if cutlass.const_expr(t.cluster > 1):  # before a pair allocates together
-            cute.arch.cluster_arrive_relaxed()
+        # No CTA may signal another's barrier, store into its shared memory or allocate with it before it is there.
+        if cutlass.const_expr(t.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()  # the fence above has released the inits
             cute.arch.cluster_wait()
+        # Allocate tensor memory
         if warp == 0:
             cute.arch.alloc_tmem(t.tensor_memory, storage.tensor_memory.ptr, is_two_cta=t.ctas_per_mma == 2)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=t.ctas_per_mma == 2)
+        # Every warp reads the address that warp 0 allocated, and without a cluster this publishes the barriers too.
         cute.arch.sync_threads()
+        # Not earlier: a successor could take the tensor memory that this CTA would then wait for.
         cute.arch.griddepcontrol_launch_dependents()
 
         steps = cute.ceil_div(tWeights.shape[1], TILE_K)
@@ -310,7 +318,8 @@ class LinearKernel:
                 gTokenScales,
                 3,
             )
-            # Weights first, then tokens once the previous kernel's results are visible.
+            # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous one.
+            # No wait for `empty` either: nothing has been loaded into the ring yet.
             token_tile, row_tile = self.coordinates(start, token_group, token_tiles, row_tiles)
             group, inside = row_tile // group_tiles, row_tile % group_tiles
             scale_tile = token_tile * t.tokens // (128 * t.scale_atoms)
@@ -327,6 +336,7 @@ class LinearKernel:
                         tWSs[None, stage],
                         tma_bar_ptr=full + stage,
                     )
+            # Issue the first tokens: the previous kernel quantized them, and its writes are visible after the wait.
             cute.arch.griddepcontrol_wait()
             for stage in cutlass.range_constexpr(stages):
                 if stage < count:
@@ -343,7 +353,8 @@ class LinearKernel:
                         tTSs[None, stage],
                         tma_bar_ptr=full + stage,
                     )
-            # a stage of the ring that nothing was loaded into counts as released
+            # A wait with parity 1 passes on a fresh barrier: a stage nothing was loaded into counts as released.
+            # Once every stage has been loaded, the ring has wrapped, and its first releases complete parity 0.
             stage = cutlass.min(count, stages) % stages
             phase = Int32(1)
             if count >= stages:
@@ -354,7 +365,9 @@ class LinearKernel:
                 group, inside = row_tile // group_tiles, row_tile % group_tiles
                 scale_tile = token_tile * t.tokens // (128 * t.scale_atoms)
                 for at in cutlass.range(first + step, first + count, unroll=1):
+                    # Wait for a free stage: TMA must not overwrite what MMAs still read.
                     cute.arch.mbarrier_wait(empty + stage, phase)
+                    # Issue the TMA loads
                     self.expect(full + stage, member)
                     cute.copy(
                         weight_atom, tWg[None, inside, at, group], tWs[None, stage], tma_bar_ptr=full + stage
@@ -382,7 +395,8 @@ class LinearKernel:
                         stage = Int32(0)
                         phase = phase ^ 1
                 step = Int32(0)
-            # every stage is read and every arrival from the other CTA is here before this one ends
+            # Drain the ring: commits arrive on their own time, rank 0's at both CTAs of a pair.
+            # A CTA that ended before them would have its shared memory written, and maybe be another's.
             for _ in cutlass.range(stages, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 stage += 1
@@ -399,6 +413,8 @@ class LinearKernel:
                 storage, start, tiles, stride, count, part, member, group_rows, group_tiles, token_group,
                 token_tiles, row_tiles, mActScale, mRowScale, mBias, mOut, act_stride, has_bias,
             )  # fmt: skip
+        # With split K, partial sums sent by every CTA of the cluster are in their owners' shared memory after this.
+        # Of a pair, both have read their tensor memory, which they free together. Alone: warps 0 to 3 have read it.
         if cutlass.const_expr(t.cluster > 1):
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
@@ -425,7 +441,10 @@ class LinearKernel:
 
     @cute.jit
     def expect(self, barrier: cute.Pointer, member: Int32):
-        """Announce a stage's bytes of all its CTAs, which arrive at rank 0's barrier."""
+        """Announce a stage's bytes of all its CTAs, which arrive at rank 0's barrier.
+
+        Rank 1's bytes may come first: the phase cannot complete before the one arrival that rank 0 makes here.
+        """
         t = self.tile
         if member == 0:
             with cute.arch.elect_one():
@@ -434,6 +453,7 @@ class LinearKernel:
     @cute.jit
     def commit(self, barrier: cute.Pointer):
         """Arrive, at both CTAs of a pair, when the MMAs issued so far are done."""
+        # A commit tracks its own thread's operations: elect.sync names the same lane each time, as cute.gemm's does.
         with cute.arch.elect_one():
             if cutlass.const_expr(self.tile.ctas_per_mma == 2):
                 tcgen05.commit(barrier, 0b11, self.cta_group)
@@ -501,7 +521,9 @@ class LinearKernel:
         for tile in cutlass.range(start, tiles, stride, unroll=1):
             token_tile, _ = self.coordinates(tile, token_group, token_tiles, row_tiles)
             buffer = number % buffers
+            # Wait for a free accumulator; a fresh barrier passes with parity 1, so the first of each is free.
             cute.arch.mbarrier_wait(free + buffer, (number // buffers & 1) ^ 1)
+            # The epilogue's tcgen05.ld come before our MMAs: else these could overwrite what is still being read.
             fence_after_wait()
             acc = self.accumulator(pointer, number % 2, acc_layout)
             # a tile of fewer than 128 tokens starts at a column of its atom, 32 tokens each
@@ -511,9 +533,12 @@ class LinearKernel:
                 tSFBt = cute.make_tensor(
                     cute.recast_ptr(scales + (4 * BLOCKS + column), dtype=Float8E4M3FN), sfb_layout
                 )
-            mma.set(tcgen05.Field.ACCUMULATE, False)
+            mma.set(tcgen05.Field.ACCUMULATE, False)  # a tile's first MMA overwrites the accumulator
             for _ in cutlass.range(count, unroll=1):
+                # Wait for the loads. TMA writes and tcgen05 reads in the async proxy: no fence between proxies.
                 cute.arch.mbarrier_wait(full + stage, phase)
+                # Copy the scales and issue the MMAs: tcgen05.cp and mma of one thread run in the order issued, so
+                # that MMAs find their scales, and the next stage's scales do not overtake them.
                 cute.copy(copy_a, from_a[None, None, None, None, stage], to_a)
                 cute.copy(copy_b, from_b[None, None, None, None, stage], to_b)
                 for block in cutlass.range_constexpr(BLOCKS):
@@ -522,11 +547,13 @@ class LinearKernel:
                     mma.set(tcgen05.Field.SFB, tSFBt[None, None, block].iterator)
                     cute.gemm(mma, acc, tCrA[at], tCrB[at], acc)
                     mma.set(tcgen05.Field.ACCUMULATE, True)
+                # Give the stage back once its MMAs have read it
                 self.commit(empty + stage)
                 stage += 1
                 if stage == t.stages:
                     stage = Int32(0)
                     phase = phase ^ 1
+            # Hand the accumulator to the epilogue
             self.commit(done + buffer)
             number += 1
 
@@ -570,6 +597,8 @@ class LinearKernel:
         copy = tcgen05.make_tmem_copy(load, cute.make_tensor(pointer, columns))
         slice_ = copy.get_slice(thread)
         shape = slice_.partition_D(cute.make_identity_tensor((ROWS, t.chunk))).shape
+        # act_scale may be the previous kernel's result, and out what it still reads: nothing before it is complete.
+        # With split K, `reduce_partials` waits, which alone touches them.
         if cutlass.const_expr(t.split_k == 1):
             cute.arch.griddepcontrol_wait()
         number = Int32(0)
@@ -578,6 +607,7 @@ class LinearKernel:
             n, real = self.row(row_tile, member, thread, group_rows, group_tiles)
             factor, offset = self.scale_and_bias(n, real, mRowScale, mBias, has_bias)
             buffer = number % buffers
+            # Wait for the tile's MMAs; the fence keeps our tcgen05.ld after them.
             cute.arch.mbarrier_wait(done + buffer, number // buffers & 1)
             fence_after_wait()
             for i in cutlass.range_constexpr(chunks):
@@ -588,9 +618,12 @@ class LinearKernel:
                 values = cute.make_rmem_tensor(shape, Float32)
                 source = cute.make_tensor(pointer + (number % 2 * t.accumulator_stride + first), columns)
                 cute.copy(copy, slice_.partition_S(source), values)
+                # tcgen05.ld is asynchronous: its registers hold the values after this wait only.
                 cute.arch.fence_view_async_tmem_load()
                 if count == 0:  # no MMA wrote the accumulator
                     values.fill(0.0)
+                # Give the accumulator back, at rank 0: the MMA warp may overwrite it once all warps have arrived.
+                # The fence keeps the loads above before the arrival.
                 if cutlass.const_expr(i + 1 == shared):
                     fence_before_arrive()
                     with cute.arch.elect_one():
@@ -638,13 +671,14 @@ class LinearKernel:
         act_stride: Int32,
     ):
         """Scale and store `tokens` (at most 32) values of row n, tokens m and on; lanes store consecutive n."""
+        # A lane loads the scale of one token, and all lanes get it by shuffle.
         lane = cute.arch.lane_idx()
-        most = mOut.shape[0] - 1
-        own = mActScale[cutlass.min(m + lane, most) * act_stride]
+        last = mOut.shape[0] - 1
+        own = mActScale[cutlass.min(m + lane, last) * act_stride]
         target = mOut.iterator + (Int64(m) * mOut.shape[1] + n)
         for i in cutlass.range_constexpr(tokens):
             scale = cute.arch.shuffle_sync(own, i)
-            if real and m + i <= most:
+            if real and m + i <= last:
                 value = values[i] * (scale * factor) + offset
                 out = cute.make_tensor(target + Int64(i) * mOut.shape[1], cute.make_layout(1))
                 out[0] = value.to(mOut.element_type)
@@ -696,6 +730,7 @@ class LinearKernel:
         n, real = self.row(row_tile, member, thread, group_rows, group_tiles)
         factor, offset = self.scale_and_bias(n, real, mRowScale, mBias, has_bias)
         partials = storage.partials.get_tensor(cute.make_layout((width, ROWS, pieces, t.split_k)))
+        # act_scale may be the previous kernel's result, and out what it still reads.
         cute.arch.griddepcontrol_wait()
         for piece in cutlass.range_constexpr(pieces):
             total = cute.make_rmem_tensor(width, Float32)

@@ -49,17 +49,17 @@ class LinearKernel(Mainloop):
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mXScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
-        act_stride: Int32,
+        mX: cute.Tensor,  # uint8 [M, groups * K' / 2]
+        mXScales: cute.Tensor,  # uint8 [groups * MT, KB, 32, 16]
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mCodes: cute.Tensor,  # uint8 [N, K' / 2]
+        mScales: cute.Tensor,  # uint8 [groups * P, KB, 32, 16]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any without `has_bias`
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+        act_stride: Int32,  # 0 for an act_scale of all tokens, 1 for one of each
         groups: Int32,
-        token_group: Int32,
+        token_group: Int32,  # token tiles that are neighbours in the order of tiles
         max_ctas: Int32,
         stream,
     ):
@@ -122,17 +122,17 @@ class LinearKernel(Mainloop):
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
+        tX: cute.Tensor,  # uint8 (M, K' / 2, groups), coordinates for TMA
         x_scale_atom: cute.CopyAtom,
-        tXScales: cute.Tensor,
+        tXScales: cute.Tensor,  # uint8 (16, 32, KB, MT, groups)
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # uint8 (N / groups, K' / 2, groups)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        tScales: cute.Tensor,  # uint8 (16, 32, KB, P, groups)
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         act_stride: Int32,
         groups: Int32,
         token_group: Int32,
@@ -141,6 +141,7 @@ class LinearKernel(Mainloop):
         count: Int32,
     ):
         t = self.tile
+        # At once: before this kernel is complete, a successor of this project only reads weights.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -178,7 +179,8 @@ class LinearKernel(Mainloop):
                 tXSs, tXSg = partition_loads(x_scale_atom, sXScales, gXScales, 4)
                 tSs, tSg = partition_loads(scale_atom, sScales, gScales, 4)
 
-                # Of the first tile, weights first; what was quantized once the previous kernel's results are visible.
+                # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous
+                # one. No wait for `empty` either: nothing has been loaded into the ring yet.
                 early = cutlass.min(count, t.stages)
                 if bid >= tiles:
                     early = Int32(0)
@@ -189,16 +191,19 @@ class LinearKernel(Mainloop):
                     self.load_rows(
                         code_atom, tCg, tCs, scale_atom, tSg, tSs, row_tile, group, stage, full + stage, stage
                     )
+                # The previous kernel quantized the tokens: its writes are visible after the wait.
                 cute.arch.griddepcontrol_wait()
                 stage = Int32(0)
-                phase = Int32(1)  # a fresh barrier counts as released
+                phase = Int32(1)  # a wait with parity 1 passes on a fresh barrier: the stage is free
                 for tile in cutlass.range(bid, tiles, ctas, unroll=1):
                     token_tile, group, row_tile = self.place(
                         tile, token_group, token_tiles, row_tiles, groups
                     )
                     for step in cutlass.range(count, unroll=1):
                         if early <= 0:
+                            # Wait for a free stage: TMA must not overwrite what a warp still reads.
                             cute.arch.mbarrier_wait(empty + stage, phase)
+                            # Announce its bytes and issue the weights' loads
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                             self.load_rows(
@@ -215,6 +220,7 @@ class LinearKernel(Mainloop):
                                 stage,
                             )
                         early -= 1
+                        # Issue the tokens' loads
                         self.load_tokens(
                             x_atom,
                             tXg,
@@ -253,11 +259,13 @@ class LinearKernel(Mainloop):
                     self.token_scale_address(storage, warp, lane, token_tile * t.tokens),
                     self.row_scale_address(storage, warp, lane, row_tile * t.rows),
                 )
+                # Sum over the warps that share the tokens and rows; the first of them has the result.
                 if cutlass.const_expr(t.k_warps > 1):
                     self.add_partials(acc, storage, warp, lane)
                 if warp < t.token_warps * t.row_warps:
-                    cute.arch.griddepcontrol_wait()  # act_scale is the previous kernel's
-                    # computed again, so that it takes no registers in the main loop
+                    # act_scale may be the previous kernel's result, and out what it still reads.
+                    cute.arch.griddepcontrol_wait()
+                    # Computed again, so that it takes no registers in the main loop
                     warp_again, group_again, row_again = (
                         Int32(settle(Uint32(value))) for value in (warp, token_group, row_tiles)
                     )
@@ -293,11 +301,11 @@ class LinearKernel(Mainloop):
     def load_rows(
         self,
         code_atom: cute.CopyAtom,
-        tCg: cute.Tensor,
-        tCs: cute.Tensor,
+        tCg: cute.Tensor,  # uint8 (box, row tiles, k tiles, groups)
+        tCs: cute.Tensor,  # uint8 (box, stages), in shared memory
         scale_atom: cute.CopyAtom,
-        tSg: cute.Tensor,
-        tSs: cute.Tensor,
+        tSg: cute.Tensor,  # uint8 (box, k tiles, scale tiles, groups)
+        tSs: cute.Tensor,  # uint8 (box, stages)
         row_tile: Int32,
         group: Int32,
         step: Int32,
@@ -316,11 +324,11 @@ class LinearKernel(Mainloop):
     def load_tokens(
         self,
         x_atom: cute.CopyAtom,
-        tXg: cute.Tensor,
-        tXs: cute.Tensor,
+        tXg: cute.Tensor,  # uint8 (box, token tiles, k tiles, groups)
+        tXs: cute.Tensor,  # uint8 (box, stages), in shared memory
         x_scale_atom: cute.CopyAtom,
-        tXSg: cute.Tensor,
-        tXSs: cute.Tensor,
+        tXSg: cute.Tensor,  # uint8 (box, parts of a band, k tiles, scale tiles, groups)
+        tXSs: cute.Tensor,  # uint8 (box, stages)
         token_tile: Int32,
         group: Int32,
         step: Int32,
@@ -342,16 +350,16 @@ class LinearKernel(Mainloop):
     @cute.jit
     def store_tile(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
         first_token: Int32,
         first_row: Int32,
         group: Int32,
         lane: Int32,
-        mActScale: cute.Tensor,
+        mActScale: cute.Tensor,  # f32 [1] or [M]
         act_stride: Int32,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         rows: Int32,
     ):
         """Scale a warp's sums and store them; `first_row` counts from the group's first, of `rows`."""
@@ -412,13 +420,13 @@ def grouped_tiles(scales: cute.Tensor, groups: Int32) -> cute.Tensor:
 
 @cute.jit
 def store_band(
-    values: tuple,
+    values: tuple,  # eight f32
     m: Int32,
     first_row: Int32,
     group: Int32,
     lane: Int32,
     rows: Int32,
-    mOut: cute.Tensor,
+    mOut: cute.Tensor,  # bf16 or f32 [M, N]
     aligned_rows: cutlass.Constexpr[bool],
 ):
     """A lane's values[2 * j + i] of rows 8 * j + 2 * (lane % 4) + i of a band -> out[m]; `rows` are the group's."""
@@ -438,7 +446,14 @@ def store_band(
 
 
 @cute.jit
-def store_piece(words: tuple, base: Int64, row: Int32, rows: Int32, m: Int32, mOut: cute.Tensor):
+def store_piece(
+    words: tuple,  # four Uint32
+    base: Int64,
+    row: Int32,
+    rows: Int32,
+    m: Int32,
+    mOut: cute.Tensor,  # bf16 or f32 [M, N]
+):
     """16 bytes to out, where they lie within it."""
     if m < mOut.shape[0] and row < rows:
         piece = cute.make_rmem_tensor(4, Uint32)

@@ -26,7 +26,8 @@ from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
 
 SCALE_LINE = 16  # bytes: four bands x four k groups
 SUMS_BARRIER = 1
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # within 3 x 168
+# Three warpgroups share 65,536 registers, 170 a thread, in eights 168; 40 + 2 * 232 = 3 * 168.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 
 def swizzle_kind(tile: LinearTile) -> warpgroup.SmemLayoutAtomKind:
@@ -100,9 +101,11 @@ class Mainloop:
         if warp == t.warps:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(t.stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, t.warps)
+                    cute.arch.mbarrier_init(full + stage, 1)  # the producer's announcement of bytes
+                    cute.arch.mbarrier_init(empty + stage, t.warps)  # lane 0 of every warp that multiplies
+            # Releases the inits; who uses the barriers does so after the sync below.
             cute.arch.mbarrier_init_fence()
+        # No warp may wait for a barrier, or arrive at one, before it is initialized.
         cute.arch.sync_threads()
 
     def warp_place(self, warp: Int32) -> tuple[Int32, Int32]:
@@ -220,7 +223,7 @@ class Mainloop:
     @cute.jit
     def accumulate(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
         count: Int32,
         stage: Int32,
         phase: Int32,
@@ -238,6 +241,7 @@ class Mainloop:
         fragments = self.make_fragments()
         addresses = (token_codes, row_codes, token_scales, row_scales)
         acc.fill(0.0)
+        # Wait for the loads of the first stage
         cute.arch.mbarrier_wait(full + stage, phase)
         self.load_block(fragments, 0, 0, stage, *addresses)
         for i in cutlass.range(count, unroll=1):
@@ -246,6 +250,8 @@ class Mainloop:
                 if cutlass.const_expr(not last):
                     self.load_block(fragments, (block + 1) % 2, block + 1, stage, *addresses)
                 else:
+                    # Give the stage back: its last operands are in registers. One lane arrives for all, after all of
+                    # them have loaded; else the producer could overwrite what a slower lane still has to load.
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(empty + stage)
@@ -255,6 +261,8 @@ class Mainloop:
                         phase = phase ^ 1
                     if cutlass.const_expr(blocks == 1):
                         self.multiply_block(acc, fragments, 0)
+                    # Wait for the next stage, and load its first operands while the MMAs of this one run. After a
+                    # tile's last stage the next call does, so that the epilogue has the registers.
                     if i + 1 < count:
                         cute.arch.mbarrier_wait(full + stage, phase)
                         self.load_block(fragments, 0, 0, stage, *addresses)
@@ -263,7 +271,13 @@ class Mainloop:
         return stage, phase
 
     @cute.jit
-    def add_partials(self, acc: cute.Tensor, storage, warp: Int32, lane: Int32):
+    def add_partials(
+        self,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
+        storage,
+        warp: Int32,
+        lane: Int32,
+    ):
         """acc of the first of the k warps += the others', in ascending k order; the others' is lost."""
         t = self.tile
         group = cutlass.const_expr(t.token_warps * t.row_warps)
@@ -274,6 +288,7 @@ class Mainloop:
             for mma in cutlass.range_constexpr(mmas):
                 address = place + ((k_warp - 1) * mmas + mma) * (group * 32 * 16)
                 store_sums(address, [acc[mma * 4 + v] for v in range(4)])
+        # The other warps' sums are in shared memory. Not sync_threads: the producer does not come here.
         cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
         if k_warp == 0:
             for other in cutlass.range_constexpr(t.k_warps - 1):
@@ -281,10 +296,11 @@ class Mainloop:
                     more = load_sums(place + (other * mmas + mma) * (group * 32 * 16))
                     for v in cutlass.range_constexpr(4):
                         acc[mma * 4 + v] = acc[mma * 4 + v] + more[v]
+        # They have been read: the next tile's may overwrite them.
         cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
 
     def give_registers(self):
-        """The producer's warpgroup calls it where registers move."""
+        """The producer's warpgroup calls it where registers move: all four of its warps, as setmaxnreg demands."""
         if self.tile.moves_registers:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
 
