@@ -53,6 +53,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from ..device.cluster import address_in_cluster, store_in_cluster
 from ..device.ptx import smem_address
+from ..device.ring import advance
 from ..device.views import partition_loads
 from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive
@@ -390,19 +391,13 @@ class LinearKernel:
                         tTSs[None, stage],
                         tma_bar_ptr=full + stage,
                     )
-                    stage += 1
-                    if stage == stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
+                    stage, phase = advance(stage, phase, stages)
                 step = Int32(0)
             # Drain the ring: commits arrive on their own time, rank 0's at both CTAs of a pair.
             # A CTA that ended before them would have its shared memory written, and maybe be another's.
             for _ in cutlass.range(stages, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
-                stage += 1
-                if stage == stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                stage, phase = advance(stage, phase, stages)
         elif warp == MMA_WARP:
             if member == 0:
                 self.multiply(
@@ -549,10 +544,7 @@ class LinearKernel:
                     mma.set(tcgen05.Field.ACCUMULATE, True)
                 # Give the stage back once its MMAs have read it
                 self.commit(empty + stage)
-                stage += 1
-                if stage == t.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
+                stage, phase = advance(stage, phase, t.stages)
             # Hand the accumulator to the epilogue
             self.commit(done + buffer)
             number += 1

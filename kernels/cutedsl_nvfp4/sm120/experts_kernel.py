@@ -27,6 +27,7 @@ from ..blackwell.rounding import divide, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, settle
+from ..device.ring import advance
 from ..device.views import partition_loads
 from ..format import E2M1_MAX
 from .lanes import bf16_piece, shuffle, transpose_bytes
@@ -228,10 +229,7 @@ class ExpertsKernel(Mainloop):
                         cute.copy(
                             x_scale_atom, tXSg[None, step, tile], tXSs[None, stage], tma_bar_ptr=barrier
                         )
-                        stage += 1
-                        if stage == t.stages:
-                            stage = Int32(0)
-                            phase = phase ^ 1
+                        stage, phase = advance(stage, phase, t.stages)
         else:
             self.take_registers()
             token_codes, row_codes = self.operand_addresses(storage, warp, lane)

@@ -28,6 +28,7 @@ from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from ..device.ptx import settle
+from ..device.ring import advance
 from ..device.views import partition_loads
 from .lanes import bf16_piece, f32_pieces
 from .mainloop import SCALE_LINE, Mainloop, empty_sums, layouts, stage_layouts
@@ -234,10 +235,7 @@ class LinearKernel(Mainloop):
                             full + stage,
                             stage,
                         )
-                        stage += 1
-                        if stage == t.stages:
-                            stage = Int32(0)
-                            phase = phase ^ 1
+                        stage, phase = advance(stage, phase, t.stages)
         else:
             self.take_registers()
             token_codes, row_codes = self.operand_addresses(storage, warp, lane)

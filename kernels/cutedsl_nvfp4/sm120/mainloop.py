@@ -20,6 +20,7 @@ from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..device.ptx import load_matrices, load_words, smem_address
+from ..device.ring import advance
 from .layout import code_offset, row_lane, row_selector, scale_lane, scale_offset, token_lane, token_selector
 from .ptx import load_sums, load_word, mma_m16n8k64, store_sums
 from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
@@ -255,10 +256,7 @@ class Mainloop:
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(empty + stage)
-                    stage += 1
-                    if stage == t.stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
+                    stage, phase = advance(stage, phase, t.stages)
                     if cutlass.const_expr(blocks == 1):
                         self.multiply_block(acc, fragments, 0)
                     # Wait for the next stage, and load its first operands while the MMAs of this one run. After a
