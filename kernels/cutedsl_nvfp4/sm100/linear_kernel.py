@@ -60,7 +60,7 @@ from ..device.views import partition_loads
 from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive
 from .tiles import ATOM_BYTES, ROWS, TILE_K, LinearTile
-from .views import ATOM_WORDS, codes_view, scales_view
+from .views import ATOM_WORDS, Load, Operand, Operands, Stages, codes_view, scales_view
 
 EPILOGUE_WARPS = 4
 MMA_WARP = 4
@@ -68,41 +68,6 @@ PRODUCER_WARP = 5
 THREADS = 192
 BLOCKS = TILE_K // 64  # MMAs, and scale atoms along K, of a stage
 LANE = 1 << 16  # from one lane of tensor memory to the next, in its addresses
-
-
-class Operand(NamedTuple):
-    """What TMA needs of an operand in global memory."""
-
-    atom: cute.CopyAtom
-    tensor: cute.Tensor  # coordinates
-
-
-class Operands(NamedTuple):
-    """All that TMA loads."""
-
-    weights: Operand  # e2m1 (N/groups, K', groups)
-    tokens: Operand  # e2m1 (M, K', groups)
-    weight_scales: Operand  # int64 (64, KB, ceil(N/groups/128), groups): whole 128x4 tiles
-    token_scales: Operand  # int64 (64, KB, ceil(M/128), groups)
-
-
-class Stages(NamedTuple):
-    """Where TMA leaves the operands in shared memory; the last mode is the stage."""
-
-    weights: cute.Tensor  # e2m1 (MMA, rows, K, stages)
-    tokens: cute.Tensor  # e2m1 (MMA, tokens, K, stages)
-    weight_scales: cute.Tensor  # int64 (64, k atoms, 1, stages)
-    token_scales: cute.Tensor  # int64 (64, k atoms, token atoms, stages)
-
-
-class Load(NamedTuple):
-    """A CTA's loads of an operand."""
-
-    atom: cute.CopyAtom
-    shared: cute.Tensor  # (box, stages)
-    tiles: (
-        cute.Tensor
-    )  # (box, row or token tiles, k tiles, groups), of scales (box, k tiles, scale tiles, groups)
 
 
 class Tiles(NamedTuple):
@@ -313,7 +278,7 @@ class LinearKernel:
     def kernel(
         self,
         mma: cute.TiledMma,
-        operands: Operands,
+        operands: Operands,  # e2m1 (rows, K', groups), scales int64 (64, KB, 128-row tiles, groups): whole tiles
         mActScale: cute.Tensor,  # f32 [1] or [M]
         mRowScale: cute.Tensor,  # f32 [N]
         mBias: cute.Tensor,  # f32 [N]
@@ -415,7 +380,7 @@ class LinearKernel:
         mma: cute.TiledMma,
         operands: Operands,
         barriers: Barriers,
-        shared: Stages,
+        shared: Stages,  # e2m1 (MMA, rows, K, stages), scales int64 (64, k atoms, atoms of rows, stages)
         tiles: Tiles,
         share: Share,
     ):
@@ -476,15 +441,20 @@ class LinearKernel:
             cute.arch.mbarrier_wait(empty + stage, phase)
             stage, phase = advance(stage, phase, stages)
 
-    def loads_of(self, operand: Operand, shared: cute.Tensor, tiles: cute.Tensor) -> Load:
+    def loads_of(
+        self,
+        operand: Operand,
+        shared: cute.Tensor,  # (three modes, stages)
+        tiles: cute.Tensor,  # (three modes, tiles ...)
+    ) -> Load:
         """The loads of an operand: boxes of three modes from `tiles` to `shared`."""
         return Load(operand.atom, *partition_loads(operand.atom, shared, tiles, 3))
 
     @cute.jit
     def load_weights(
         self,
-        codes: Load,
-        scales: Load,
+        codes: Load,  # tiles (box, row tiles, k tiles, groups)
+        scales: Load,  # tiles (box, k tiles, 128-row tiles, groups)
         place: Place,
         at: Int32,
         stage: Int32,
@@ -500,7 +470,13 @@ class LinearKernel:
 
     @cute.jit
     def load_tokens(
-        self, codes: Load, scales: Load, place: Place, at: Int32, stage: Int32, barrier: cute.Pointer
+        self,
+        codes: Load,  # tiles (box, token tiles, k tiles, groups)
+        scales: Load,  # tiles (box, k tiles, tiles of whole atoms, groups)
+        place: Place,
+        at: Int32,
+        stage: Int32,
+        barrier: cute.Pointer,
     ):
         """This CTA's share of the tokens' k tile `at` into a stage, and the scales of all of them."""
         tiles, shared = codes.tiles[None, place.token_tile, at, place.group], codes.shared[None, stage]

@@ -1,9 +1,44 @@
 """Views of operands of data-centre Blackwell, in the order of TMA's dimensions."""
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Float4E2M1FN, Int32, Int64
 
 ATOM_WORDS = 64  # int64 in a scale atom of 512 bytes, the unit TMA moves
+
+
+class Operand(NamedTuple):
+    """What TMA needs of an operand in global memory."""
+
+    atom: cute.CopyAtom
+    tensor: cute.Tensor  # coordinates
+
+
+class Operands(NamedTuple):
+    """All that TMA loads."""
+
+    weights: Operand
+    tokens: Operand
+    weight_scales: Operand
+    token_scales: Operand
+
+
+class Stages(NamedTuple):
+    """Where TMA leaves the operands in shared memory; the last mode counts the stages."""
+
+    weights: cute.Tensor
+    tokens: cute.Tensor
+    weight_scales: cute.Tensor
+    token_scales: cute.Tensor
+
+
+class Load(NamedTuple):
+    """A CTA's loads of an operand."""
+
+    atom: cute.CopyAtom
+    shared: cute.Tensor  # (box, stages)
+    tiles: cute.Tensor  # (box, coordinates of a tile ...), of global memory
 
 
 def codes_view(
