@@ -1,4 +1,4 @@
-"""Rows of bf16 -> NVFP4 tokens by slot, for the products of grouped.py.
+"""Rows of bf16 -> NVFP4 tokens by slot, for the products of the experts_kernel.py of sm100 and sm120.
 
     from tokens   slot places[m * T + t] = round(x[m]), rounded once unless the scale is the expert's
     from slots    slot s = round(h[s]), where a scale depends on all of a slot and w13 could not round itself
@@ -54,15 +54,16 @@ class Gather:
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
-        mPlaces: cute.Tensor,
-        mTable: cute.Tensor,
-        mScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, K]
+        mPlaces: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mCodes: cute.Tensor,  # uint8 [R, K/2]
+        mScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(K/64), 32, 16]
         topk: Int32,
         tokens: Int32,
     ):
+        # In this order: a product that starts early reads the table, which is complete only after this wait.
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
@@ -82,17 +83,18 @@ class Gather:
     @cute.jit
     def round_row(
         self,
-        mX: cute.Tensor,
-        mPlaces: cute.Tensor,
-        mTable: cute.Tensor,
-        mScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, K]
+        mPlaces: cute.Tensor,  # int32 [M * T]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mCodes: cute.Tensor,  # uint8 [R, K/2]
+        mScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(K/64), 32, 16]
         topk: Int32,
         tokens: Int32,
         thread: Int32,
         row: Int32,
     ):
+        """Round a row and write it to the slots of its pairs, or to its own."""
         groups = mX.shape[1] // GROUP_SIZE
         scale = Float32(0.0)
         if cutlass.const_expr(self.scale is Scale.TENSOR):
@@ -132,7 +134,14 @@ class Gather:
                     cute.make_tensor(at, cute.make_layout(1))[0] = bits.to(cutlass.Uint8)
 
     @cute.jit
-    def load_group(self, mX: cute.Tensor, row: Int32, group: Int32, values: cute.Tensor):
+    def load_group(
+        self,
+        mX: cute.Tensor,  # bf16 [M, K]
+        row: Int32,
+        group: Int32,
+        values: cute.Tensor,  # f32 [16]
+    ):
+        """The 16 values of a group as f32."""
         words = cute.make_rmem_tensor(8, Uint32)
         source = mX.iterator + (Int64(row) * mX.stride[0] + group * GROUP_SIZE)
         source = cute.recast_ptr(source.align(16), dtype=Uint32)
@@ -140,18 +149,25 @@ class Gather:
         values.store(cute.recast_tensor(words, BFloat16).load().to(Float32))
 
     @cute.jit
-    def scale_of_row(self, mX: cute.Tensor, thread: Int32, row: Int32) -> Float32:
+    def scale_of_row(
+        self,
+        mX: cute.Tensor,  # bf16 [M, K]
+        thread: Int32,
+        row: Int32,
+    ) -> Float32:
+        """amax / (6 * 448) of a row, at every thread; 1 for a row of zeros."""
         amax = Float32(0.0)
         for group in cutlass.range(thread, mX.shape[1] // GROUP_SIZE, THREADS, unroll=1):
             values = cute.make_rmem_tensor(GROUP_SIZE, Float32)
             self.load_group(mX, row, group, values)
             amax = cute.arch.fmax(amax, largest(values), nan=True)
-        for i in cutlass.range_constexpr(5):
+        for i in cutlass.range_constexpr(5):  # over the 32 lanes
             amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, 1 << i), nan=True)
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         sAmax = storage.amax.get_tensor(cute.make_layout(THREADS // 32))
         if thread % 32 == 0:
             sAmax[thread // 32] = amax
+        # Every warp's amax is in shared memory; nothing is written there again, so one barrier is enough.
         cute.arch.sync_threads()
         for w in cutlass.range_constexpr(THREADS // 32):
             amax = cute.arch.fmax(amax, sAmax[w], nan=True)

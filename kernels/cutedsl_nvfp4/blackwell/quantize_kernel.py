@@ -33,10 +33,10 @@ class Quantize:
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mActScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mCodes: cute.Tensor,  # uint8 [M, groups * K'/2]
+        mScales: cute.Tensor,  # uint8 [groups * ceil(M/128), KB, 32, 16]
         groups: Int32,
         k: Int32,
         act_stride: Int32,
@@ -51,14 +51,15 @@ class Quantize:
     @cute.kernel
     def kernel(
         self,
-        mX: cute.Tensor,
-        mActScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
+        mX: cute.Tensor,  # bf16 [M, groups * K]
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mCodes: cute.Tensor,  # uint8 [M, groups * K'/2]
+        mScales: cute.Tensor,  # uint8 [groups * ceil(M/128), KB, 32, 16]
         groups: Int32,
         k: Int32,
         act_stride: Int32,
     ):
+        # At once: before this kernel is complete, a linear kernel only reads weights.
         cute.arch.griddepcontrol_launch_dependents()
         thread, _, _ = cute.arch.thread_idx()
         m, part, _ = cute.arch.block_idx()
@@ -70,7 +71,8 @@ class Quantize:
         row_bytes = mCodes.shape[1] // groups
         row = mX.iterator + Int64(m) * mX.stride[0]
         codes = mCodes.iterator + Int64(m) * mCodes.shape[1]
-        within_tile = m % 32 * 16 + m % 128 // 32 * 4
+        within_tile = m % 32 * 16 + m % 128 // 32 * 4  # byte of token m's first group in a 128x4 tile
+        # x is the previous kernel's result, and what is written here it may still read.
         cute.arch.griddepcontrol_wait()
         scale = Float32(1.0)
         if cutlass.const_expr(self.dynamic):
@@ -95,7 +97,7 @@ class Quantize:
             if slot * 8 < row_bytes:
                 target = cute.recast_ptr((codes + (group * row_bytes + slot * 8)).align(8), dtype=Uint32)
                 cute.autovec_copy(words, cute.make_tensor(target, cute.make_layout(2)))
-            tile = (Int64(group * row_tiles + m // 128) * blocks + slot // 4) * 512
+            tile = (Int64(group * row_tiles + m // 128) * blocks + slot // 4) * 512  # bytes of a 128x4 tile
             byte = cute.make_tensor(mScales.iterator + (tile + within_tile + slot % 4), cute.make_layout(1))
             byte[0] = block_scale.to(Uint8)
 
@@ -113,10 +115,11 @@ class Quantize:
     def over_threads(self, amax: Float32, thread: Int32) -> Float32:
         """The largest of all threads' values, at every thread."""
         shared = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS), 16)
-        for i in cutlass.range_constexpr(5):
+        for i in cutlass.range_constexpr(5):  # over the 32 lanes
             amax = cute.arch.fmax(amax, cute.arch.shuffle_sync_bfly(amax, 1 << i), nan=True)
         if thread % 32 == 0:
             shared[thread // 32] = amax
+        # Every warp's amax is in shared memory; nothing is written there again, so one barrier is enough.
         cute.arch.sync_threads()
         for warp in cutlass.range_constexpr(WARPS):
             amax = cute.arch.fmax(amax, shared[warp], nan=True)

@@ -9,7 +9,9 @@ from .ptx import decode_e4m3, encode_e2m1x8, encode_e4m3, fma
 
 
 @cute.jit
-def largest(values: cute.Tensor) -> Float32:
+def largest(
+    values: cute.Tensor,  # f32 [16]
+) -> Float32:
     """The largest magnitude; NaN if one is."""
     amax = Float32(0.0)
     for i in cutlass.range_constexpr(GROUP_SIZE):
@@ -30,12 +32,16 @@ def divide(x: Float32, by: Float32, inverse: Float32) -> Float32:
 
 
 @cute.jit
-def round_group(values: cute.Tensor, scale: Float32):
+def round_group(
+    values: cute.Tensor,  # f32 [16]
+    scale: Float32,
+):
     """16 f32 and their global scale -> (codes of the first eight, of the last eight, e4m3 bits of the block scale)."""
     bits = encode_e4m3(largest(values) / Float32(E2M1_MAX) / scale)
     step = decode_e4m3(bits) * scale
     words = cute.make_rmem_tensor(2, Uint32)
     words.fill(Uint32(0))
+    # A step of zero, of a group of zeros or one that underflows, gives codes of zero; so does NaN.
     if step > Float32(0.0):
         inverse = Float32(1.0) / step
         for half in cutlass.range_constexpr(2):

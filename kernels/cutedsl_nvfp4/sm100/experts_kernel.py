@@ -5,13 +5,15 @@
     w2    y[pair of s, n] = acc * act_scale * row_scale
 
 A slot is a row of the scratch: tile i of the table holds slots tokens * i and following. Weights are the
-instruction's M, 128 rows to a panel; tokens are its N, so that a few tokens take a small tile.
+instruction's M, tokens its N, so that a few tokens take a small tile. A panel is here an accumulator of 128 weight
+rows (256 of two CTAs), not the 64 packed rows of Hopper's weights; w13's two are gate and up.
 
     weights       e2m1 [E, N, K], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 atoms
     tokens        e2m1 [R, K] by slot; their scales e4m3 [tiles * atoms, KB, 32, 16], atoms of each tile its own
     h, NVFP4      as tokens; h or y, bf16: [R, I], [M * T, H]
 """
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import cutlass
@@ -39,9 +41,18 @@ from ..device.ptx import load_coherent, load_words, smem_address
 from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive, store_bf16
 from .tiles import GROUPS_PER_ATOM, ROWS, TENSOR_COLUMNS, TILE_K, GroupedTile
+from .views import Load, Operand, Operands, Stages
 
-PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output: no bank conflicts
-TMEM_BARRIER, FIRST_GROUP_BARRIER = 1, 2
+PITCH = ROWS * 2 + 16  # bytes of a slot in the staged output; 16 more than its rows: no bank conflicts
+
+
+class Barrier(IntEnum):
+    """Named barriers of a CTA; 0 is sync_threads'."""
+
+    TENSOR_MEMORY = 1  # epilogue and MMA warps: its address is in shared memory
+    FIRST_GROUP = 2  # the four warps of an epilogue group
+    SECOND_GROUP = 3
+    EPILOGUE = 4  # all epilogue warps: they have read tensor memory
 
 
 class Layouts(NamedTuple):
@@ -57,6 +68,47 @@ class Layouts(NamedTuple):
     scale_cluster: cute.Layout
 
 
+class Units(NamedTuple):
+    """The table's tiles times the tiles of weight rows: a CTA takes `first` and every `step`-th from there on."""
+
+    table: Int64  # address of int32 [1 + tiles, 4]
+    row_tiles: Int32
+    number: Int32
+    first: Int32
+    step: Int32
+
+
+class Output(NamedTuple):
+    """What becomes of the sums."""
+
+    row_scale: cute.Tensor  # f32 [E, N]
+    act_scale: cute.Tensor  # f32 [1], [E] or [R]
+    by_slot: Int32  # 1 for an act_scale of every slot
+    by_expert: Int32  # 1 for an act_scale of every expert
+    pairs: cute.Tensor  # int32 [R]
+    out: cute.Tensor  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
+    out_scales: cute.Tensor  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
+    out_act_scale: cute.Tensor  # f32 [1] or [E]
+    out_by_expert: Int32  # 1 for an out_act_scale of every expert
+    limit: Float32  # SwiGLU's
+
+
+class ScaleCopy(NamedTuple):
+    """A copy of block scales into tensor memory."""
+
+    copy: cute.TiledCopy
+    source: cute.Tensor  # by stage, of weights by stage * panels + panel
+    target: cute.Tensor
+
+
+class SumsLoad(NamedTuple):
+    """A thread's load of its lane of the accumulators."""
+
+    copy: cute.TiledCopy
+    source: cute.Tensor  # f32 (values, 1, 1, 1, chunk, tile * panels + panel), in tensor memory
+    values: cute.Tensor  # (lane, column) of each value
+
+
 class ExpertsKernel:
     """One compiled kernel: a tile and a result.
 
@@ -67,6 +119,8 @@ class ExpertsKernel:
     Pipelines
         stages           TMA -> MMA, `tile.stages` of 256 k
         accumulators     MMA -> epilogue, one or two tiles
+        Both are cutlass.pipeline's: an accumulator's index names its barriers and its columns, which linear_kernel.py's
+        overlapping accumulators do not have in common.
     With two CTAs a panel is 256 rows; a CTA loads and stores its 128 of them and loads half of the tokens.
     """
 
@@ -219,14 +273,12 @@ class ExpertsKernel:
         self.shared = Shared
         row_tiles = cute.ceil_div(weights.shape[0], t.rows if self.activated else t.rows * t.panels)
         self.kernel(
-            weight_atom,
-            tWeights,
-            token_atom,
-            tTokens,
-            weight_scale_atom,
-            tWeightScales,
-            token_scale_atom,
-            tTokenScales,
+            Operands(
+                Operand(weight_atom, tWeights),
+                Operand(token_atom, tTokens),
+                Operand(weight_scale_atom, tWeightScales),
+                Operand(token_scale_atom, tTokenScales),
+            ),
             mRowScale,
             mActScale,
             mTable,
@@ -255,21 +307,14 @@ class ExpertsKernel:
     @cute.kernel
     def kernel(
         self,
-        weight_atom: cute.CopyAtom,
-        mWeights: cute.Tensor,
-        token_atom: cute.CopyAtom,
-        mTokens: cute.Tensor,
-        weight_scale_atom: cute.CopyAtom,
-        mWeightScales: cute.Tensor,
-        token_scale_atom: cute.CopyAtom,
-        mTokenScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mActScale: cute.Tensor,
-        mTable: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
+        operands: Operands,  # e2m1 (rows, K, matrices), scales e4m3 (((32, 4), atoms), ((16, 4), atoms), matrices)
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]
         by_slot: Int32,
         by_expert: Int32,
         out_by_expert: Int32,
@@ -290,163 +335,106 @@ class ExpertsKernel:
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
 
         if warp == self.tma_warp:
-            for atom in (weight_atom, token_atom, weight_scale_atom, token_scale_atom):
-                cpasync.prefetch_descriptor(atom)
+            for operand in operands:
+                cpasync.prefetch_descriptor(operand.atom)
+        # Initialize the barriers. Of a pair, no CTA may signal the other's before they are there: it waits below, and
+        # makes its views meanwhile. The inits are fenced, so the arrival may be relaxed.
         loads, sums, tmem = self.synchronization(storage, layouts)
         pipeline.pipeline_init_arrive(cluster_shape_mn=self.cluster, is_relaxed=True)
 
-        sWeights = storage.weights.get_tensor(layouts.weights.outer, swizzle=layouts.weights.inner)
-        sTokens = storage.tokens.get_tensor(layouts.tokens.outer, swizzle=layouts.tokens.inner)
-        sWeightScales = storage.weight_scales.get_tensor(layouts.weight_scales)
-        sTokenScales = storage.token_scales.get_tensor(layouts.token_scales)
+        shared = Stages(
+            storage.weights.get_tensor(layouts.weights.outer, swizzle=layouts.weights.inner),
+            storage.tokens.get_tensor(layouts.tokens.outer, swizzle=layouts.tokens.inner),
+            storage.weight_scales.get_tensor(layouts.weight_scales),
+            storage.token_scales.get_tensor(layouts.token_scales),
+        )
         sums_shape = cute.append(mma.partition_shape_C(self.mma_tile[:2]), t.panels * t.accumulator_stages)
         sums_layout = mma.make_fragment_C(sums_shape).layout
-        count = cute.ceil_div(mWeights.shape[1], TILE_K)
+        count = cute.ceil_div(operands.weights.tensor.shape[1], TILE_K)
         pipeline.pipeline_init_wait(cluster_shape_mn=self.cluster)
 
         # What came before the previous kernel, the table among it, is complete: every kernel here lets its
         # successor start after its own wait.
         table = mTable.iterator.toint()
         tiles, _, _, _ = load_coherent(table)
-        units = tiles * row_tiles
-        first, step = bid // t.ctas_per_mma, ctas // t.ctas_per_mma
+        units = Units(table, row_tiles, tiles * row_tiles, bid // t.ctas_per_mma, ctas // t.ctas_per_mma)
 
         if warp == self.tma_warp:
-            thr_mma = mma.get_slice(member)
-            thr_scale_mma = layouts.scale_mma.get_slice(0)
-            weight_tile = cute.slice_(self.mma_tile, (None, 0, None))
-            token_tile = cute.slice_(self.mma_tile, (0, None, None))
-            scale_tile = cute.slice_(self.scale_tile, (0, None, None))
-            everything = (None, None, None)
-            gWeights = thr_mma.partition_A(cute.local_tile(mWeights, weight_tile, everything))
-            gTokens = thr_mma.partition_B(cute.local_tile(mTokens, token_tile, everything))
-            gWeightScales = thr_mma.partition_A(cute.local_tile(mWeightScales, weight_tile, everything))
-            gTokenScales = thr_scale_mma.partition_B(cute.local_tile(mTokenScales, scale_tile, everything))
-            by_row = cute.make_layout(cute.slice_(layouts.cluster, (0, 0, None, 0)).shape)
-            by_token = cute.make_layout(cute.slice_(layouts.cluster, (0, None, 0, 0)).shape)
-            by_scale = cute.make_layout(cute.slice_(layouts.scale_cluster, (0, None, 0, 0)).shape)
-            masks = (None, None, None, None)
-            if cutlass.const_expr(t.ctas_per_mma == 2):
-                mask_a = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=2)
-                mask_b = cpasync.create_tma_multicast_mask(layouts.cluster, coordinate, mcast_mode=1)
-                mask_scales = cpasync.create_tma_multicast_mask(
-                    layouts.scale_cluster, scale_coordinate, mcast_mode=1
-                )
-                masks = (mask_a, mask_a, mask_b, mask_scales)
-            weights = self.partition_loads(weight_atom, coordinate[2], by_row, sWeights, gWeights)
-            weight_scales = self.partition_loads(
-                weight_scale_atom, coordinate[2], by_row, sWeightScales, gWeightScales
+            self.load(
+                operands,
+                shared,
+                loads,
+                units,
+                count,
+                member,
+                coordinate,
+                scale_coordinate,
             )
-            tokens = self.partition_loads(token_atom, coordinate[1], by_token, sTokens, gTokens)
-            token_scales = self.partition_loads(
-                token_scale_atom, scale_coordinate[1], by_scale, sTokenScales, gTokenScales
-            )
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
-            early = Int32(0)  # stages whose weights do not wait for the previous kernel
-            expert, first_slot, _, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
-            if first < units:
-                early = cutlass.min(count, t.stages)
-                for k in cutlass.range(early, unroll=1):
-                    loads.producer_acquire(state)
-                    self.load_weights(
-                        weights, weight_scales, masks, loads, state, k, first % row_tiles, expert
-                    )
-                    state.advance()
-            state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
-            cute.arch.griddepcontrol_wait()
-            for unit in cutlass.range(first, units, step, unroll=1):
-                following = cutlass.min(unit + step, units - 1)
-                next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
-                token_at = first_slot // t.tokens
-                row_tile = unit % row_tiles
-                for k in cutlass.range(count, unroll=1):
-                    if early <= 0:
-                        loads.producer_acquire(state)
-                        self.load_weights(weights, weight_scales, masks, loads, state, k, row_tile, expert)
-                    early -= 1
-                    barrier = loads.producer_get_barrier(state)
-                    atom, tSource, tTarget = tokens
-                    cute.copy(
-                        atom,
-                        tSource[None, token_at, k, 0],
-                        tTarget[None, state.index],
-                        tma_bar_ptr=barrier,
-                        mcast_mask=masks[2],
-                    )
-                    atom, tSource, tTarget = token_scales
-                    cute.copy(
-                        atom,
-                        tSource[None, token_at, k, 0],
-                        tTarget[None, state.index],
-                        tma_bar_ptr=barrier,
-                        mcast_mask=masks[3],
-                    )
-                    state.advance()
-                expert, first_slot, _, _ = next_entry
-            loads.producer_tail(state)
 
         if warp == self.mma_warp:
+            # Wait for tensor memory, whose address the first epilogue warp leaves in shared memory
             tmem.wait_for_alloc()
             self.multiply(
                 mma,
                 tmem.retrieve_ptr(Float32),
                 sums_layout,
-                sWeights,
-                sTokens,
-                sWeightScales,
-                sTokenScales,
+                shared,
                 loads,
                 sums,
                 member == 0,
-                first,
                 units,
-                step,
                 count,
             )
 
         if warp < self.mma_warp:
+            # Allocate tensor memory
             tmem.allocate(TENSOR_COLUMNS)
             tmem.wait_for_alloc()
             columns = tmem.retrieve_ptr(Float32)
-            cute.arch.griddepcontrol_wait()  # for act_scale by slot, and what is overwritten here
+            # act_scale by slot is the previous kernel's result, and what is overwritten here it may still read.
+            cute.arch.griddepcontrol_wait()
             # Not before tensor memory is this kernel's: a successor could take it and wait for this one.
+            # Not before the wait either: so the next kernel finds complete, without waiting, what came before this one.
             cute.arch.griddepcontrol_launch_dependents()
             self.store(
                 cute.make_tensor(columns, sums_layout),
                 thread,
                 storage,
                 sums,
-                mRowScale,
-                mActScale,
-                mPairs,
-                mOut,
-                mOutScales,
-                mOutActScale,
-                by_slot,
-                by_expert,
-                out_by_expert,
-                limit,
-                table,
-                row_tiles,
-                first,
+                Output(
+                    mRowScale,
+                    mActScale,
+                    by_slot,
+                    by_expert,
+                    mPairs,
+                    mOut,
+                    mOutScales,
+                    mOutActScale,
+                    out_by_expert,
+                    limit,
+                ),
                 units,
-                step,
                 member,
             )
+            # Free tensor memory: all epilogue warps have read it after the barrier. Of a pair, `free` waits for the
+            # other CTA, because both free theirs together.
             tmem.relinquish_alloc_permit()
             pipeline.NamedBarrier(
-                barrier_id=FIRST_GROUP_BARRIER + 2, num_threads=128 * t.epilogue_groups
+                barrier_id=Barrier.EPILOGUE, num_threads=128 * t.epilogue_groups
             ).arrive_and_wait()
             tmem.free(columns)
 
     def synchronization(self, storage, layouts: Layouts):
-        """(pipeline of stages, pipeline of accumulators, allocator of tensor memory)."""
+        """(pipeline of stages, pipeline of accumulators, allocator of tensor memory).
+
+        `defer_sync`: the kernel itself waits for the inits, once for all of them.
+        """
         t = self.tile
         loads = pipeline.PipelineTmaUmma.create(
             barrier_storage=storage.loads.data_ptr(),
             num_stages=t.stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1),  # the MMA warp's commit
             tx_count=t.stage_bytes * t.ctas_per_mma,
             cta_layout_vmnk=layouts.cluster,
             defer_sync=True,
@@ -455,7 +443,7 @@ class ExpertsKernel:
             barrier_storage=storage.sums.data_ptr(),
             num_stages=t.accumulator_stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(
+            consumer_group=pipeline.CooperativeGroup(  # every epilogue thread of all CTAs of the MMA
                 pipeline.Agent.Thread, 128 * t.epilogue_groups * t.ctas_per_mma
             ),
             cta_layout_vmnk=layouts.cluster,
@@ -464,7 +452,7 @@ class ExpertsKernel:
         tmem = cutlass.memory.TmemAllocator(
             storage.tmem.ptr,
             barrier_for_retrieve=pipeline.NamedBarrier(
-                barrier_id=TMEM_BARRIER, num_threads=128 * t.epilogue_groups + 32
+                barrier_id=Barrier.TENSOR_MEMORY, num_threads=128 * t.epilogue_groups + 32
             ),
             allocator_warp_id=0,
             is_two_cta=t.ctas_per_mma == 2,
@@ -473,17 +461,108 @@ class ExpertsKernel:
         return loads, sums, tmem
 
     @cute.jit
-    def partition_loads(self, atom, member, members, shared: cute.Tensor, tiles: cute.Tensor):
-        """(atom, global view by tile, shared view by stage) of one TMA load."""
-        tTarget, tSource = cpasync.tma_partition(
-            atom, member, members, cute.group_modes(shared, 0, 3), cute.group_modes(tiles, 0, 3)
+    def load(
+        self,
+        operands: Operands,
+        shared: Stages,  # e2m1, scales e4m3: (MMA, rows, K, stages), of weights (MMA, rows, K, stages * panels)
+        loads: pipeline.PipelineTmaUmma,
+        units: Units,
+        count: Int32,
+        member: Int32,
+        coordinate: tuple,  # of this CTA in layouts.cluster
+        scale_coordinate: tuple,  # and in layouts.scale_cluster
+    ):
+        """The TMA warp's part: the loads of every unit, at most `stages` in flight."""
+        t = self.tile
+        layouts = self.layouts()
+        thr_mma = layouts.mma.get_slice(member)
+        thr_scale_mma = layouts.scale_mma.get_slice(0)
+        weight_tile = cute.slice_(self.mma_tile, (None, 0, None))
+        token_tile = cute.slice_(self.mma_tile, (0, None, None))
+        scale_tile = cute.slice_(self.scale_tile, (0, None, None))
+        everything = (None, None, None)
+        gWeights = thr_mma.partition_A(cute.local_tile(operands.weights.tensor, weight_tile, everything))
+        gTokens = thr_mma.partition_B(cute.local_tile(operands.tokens.tensor, token_tile, everything))
+        gWeightScales = thr_mma.partition_A(
+            cute.local_tile(operands.weight_scales.tensor, weight_tile, everything)
         )
-        return atom, cute.filter_zeros(tSource), cute.filter_zeros(tTarget)
+        gTokenScales = thr_scale_mma.partition_B(
+            cute.local_tile(operands.token_scales.tensor, scale_tile, everything)
+        )
+        by_row = cute.make_layout(cute.slice_(layouts.cluster, (0, 0, None, 0)).shape)
+        by_token = cute.make_layout(cute.slice_(layouts.cluster, (0, None, 0, 0)).shape)
+        by_scale = cute.make_layout(cute.slice_(layouts.scale_cluster, (0, None, 0, 0)).shape)
+        weights = self.loads_of(operands.weights, coordinate[2], by_row, shared.weights, gWeights)
+        weight_scales = self.loads_of(
+            operands.weight_scales, coordinate[2], by_row, shared.weight_scales, gWeightScales
+        )
+        tokens = self.loads_of(operands.tokens, coordinate[1], by_token, shared.tokens, gTokens)
+        token_scales = self.loads_of(
+            operands.token_scales, scale_coordinate[1], by_scale, shared.token_scales, gTokenScales
+        )
+        # The tokens' scales alone are multicast: both CTAs of a pair need all of them, and each loads half for both.
+        mask = None
+        if cutlass.const_expr(t.ctas_per_mma == 2):
+            mask = cpasync.create_tma_multicast_mask(layouts.scale_cluster, scale_coordinate, mcast_mode=1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
+        # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous one.
+        early = Int32(0)  # stages that have their weights, and whose bytes have been announced
+        expert, first_slot, _, _ = load_coherent(units.table + Int64(units.first // units.row_tiles + 1) * 16)
+        if units.first < units.number:
+            early = cutlass.min(count, t.stages)
+            for k in cutlass.range(early, unroll=1):
+                loads.producer_acquire(state)
+                self.load_weights(
+                    weights, weight_scales, loads, state, k, units.first % units.row_tiles, expert
+                )
+                state.advance()
+        # From the first stage again: their tokens arrive at the same barriers, once the previous kernel, which
+        # writes them, is complete.
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
+        cute.arch.griddepcontrol_wait()
+        for unit in cutlass.range(units.first, units.number, units.step, unroll=1):
+            # The next unit's entry arrives during this one's loads.
+            following = cutlass.min(unit + units.step, units.number - 1)
+            next_entry = load_coherent(units.table + Int64(following // units.row_tiles + 1) * 16)
+            token_at = first_slot // t.tokens
+            row_tile = unit % units.row_tiles
+            for k in cutlass.range(count, unroll=1):
+                if early <= 0:
+                    # Wait for a free stage, announce its bytes and issue the weights' loads
+                    loads.producer_acquire(state)
+                    self.load_weights(weights, weight_scales, loads, state, k, row_tile, expert)
+                early -= 1
+                # Issue the tokens' loads
+                barrier = loads.producer_get_barrier(state)
+                source = tokens.tiles[None, token_at, k, 0]
+                cute.copy(tokens.atom, source, tokens.shared[None, state.index], tma_bar_ptr=barrier)
+                source, target = (
+                    token_scales.tiles[None, token_at, k, 0],
+                    token_scales.shared[None, state.index],
+                )
+                cute.copy(token_scales.atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
+                state.advance()
+            expert, first_slot, _, _ = next_entry
+        # Drain the ring: a CTA that ended before the MMAs' last arrivals would have them in memory not its own.
+        loads.producer_tail(state)
 
     @cute.jit
-    def load_weights(
-        self, weights, weight_scales, masks, loads, state, k: Int32, row_tile: Int32, expert: Int32
+    def loads_of(
+        self,
+        operand: Operand,
+        member,
+        members: cute.Layout,
+        shared: cute.Tensor,  # (MMA, rows, K, stages) or, of the weights, (MMA, rows, K, stages * panels)
+        tiles: cute.Tensor,  # (MMA, rows, K, row tiles, k tiles, matrices)
     ):
+        """A CTA's loads of an operand: of `members` that share a box, member `member` loads its part."""
+        tTarget, tSource = cpasync.tma_partition(
+            operand.atom, member, members, cute.group_modes(shared, 0, 3), cute.group_modes(tiles, 0, 3)
+        )
+        return Load(operand.atom, cute.filter_zeros(tTarget), cute.filter_zeros(tSource))
+
+    @cute.jit
+    def load_weights(self, codes: Load, scales: Load, loads, state, k: Int32, row_tile: Int32, expert: Int32):
         """Codes and scales of every panel into the stage that `state` names."""
         t = self.tile
         barrier = loads.producer_get_barrier(state)
@@ -493,25 +572,23 @@ class ExpertsKernel:
             else:
                 row, matrix = row_tile * t.panels + p, expert
             slot = state.index * t.panels + p
-            for load, mask in ((weights, masks[0]), (weight_scales, masks[1])):
-                atom, tSource, tTarget = load
-                cute.copy(
-                    atom,
-                    tSource[None, row, k, matrix],
-                    tTarget[None, slot],
-                    tma_bar_ptr=barrier,
-                    mcast_mask=mask,
-                )
+            for load in (codes, scales):
+                source, target = load.tiles[None, row, k, matrix], load.shared[None, slot]
+                cute.copy(load.atom, source, target, tma_bar_ptr=barrier)
 
     @cute.jit
-    def scale_copy(self, shared: cute.Tensor, target: cute.Tensor):
-        """(tiled copy, shared view by stage, tensor memory view) of block scales on their way to tensor memory."""
+    def scale_copy(
+        self,
+        shared: cute.Tensor,  # e4m3 (MMA, rows, K, stages), or stages * panels
+        target: cute.Tensor,  # e4m3 (MMA, rows, K) in tensor memory
+    ):
+        """The copy of block scales from their stages to `target`."""
         group = tcgen05.CtaGroup.TWO if self.tile.ctas_per_mma == 2 else tcgen05.CtaGroup.ONE
         compact = cute.filter_zeros(target)
         copy = tcgen05.make_s2t_copy(cute.make_copy_atom(tcgen05.Cp4x32x128bOp(group), Float8E4M3FN), compact)
         thr_copy = copy.get_slice(0)
         source = tcgen05.get_s2t_smem_desc_tensor(copy, thr_copy.partition_S(cute.filter_zeros(shared)))
-        return copy, source, thr_copy.partition_D(compact)
+        return ScaleCopy(copy, source, thr_copy.partition_D(compact))
 
     @cute.jit
     def multiply(
@@ -519,25 +596,22 @@ class ExpertsKernel:
         mma: cute.TiledMma,
         columns: cute.Pointer,
         sums_layout: cute.Layout,
-        sWeights: cute.Tensor,
-        sTokens: cute.Tensor,
-        sWeightScales: cute.Tensor,
-        sTokenScales: cute.Tensor,
+        shared: Stages,  # e2m1, scales e4m3: (MMA, rows, K, stages), of weights (MMA, rows, K, stages * panels)
         loads,
         sums,
         leads: cutlass.Boolean,
-        first: Int32,
-        units: Int32,
-        step: Int32,
+        units: Units,
         count: Int32,
     ):
         """Issue every product of this CTA's tiles; of two CTAs, the first issues for both."""
         t = self.tile
         layouts = self.layouts()
-        tCrWeights = mma.make_fragment_A(sWeights)
-        tCrTokens = mma.make_fragment_B(sTokens)
+        tCrWeights = mma.make_fragment_A(shared.weights)
+        tCrTokens = mma.make_fragment_B(shared.tokens)
         tCtSums = cute.make_tensor(columns, sums_layout)
+        # Columns: the accumulators, the scales of every panel, the tokens' scales
         used = t.panels * t.accumulator_stages * t.tokens
+        # For each MMA of k = 64 four columns: an atom's 512 scales, a copy for every 32 lanes
         panel_columns = TILE_K // 64 * 4
         weight_layout = blockscaled.make_tmem_layout_sfa(
             mma, self.mma_tile, GROUP_SIZE, cute.slice_(layouts.weight_scales, (None, None, None, 0))
@@ -554,23 +628,27 @@ class ExpertsKernel:
         tTokenScales = cute.make_tensor(
             cute.recast_ptr(columns + (used + t.panels * panel_columns), dtype=Float8E4M3FN), token_layout
         )
-        weight_copies = [self.scale_copy(sWeightScales, shared) for shared in tWeightScales]
-        token_copy = self.scale_copy(sTokenScales, tTokenScales)
+        weight_copies = [self.scale_copy(shared.weight_scales, target) for target in tWeightScales]
+        token_copy = self.scale_copy(shared.token_scales, tTokenScales)
 
         load_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, t.stages)
         sums_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.accumulator_stages)
-        for _ in cutlass.range(first, units, step, unroll=1):
+        for _ in cutlass.range(units.first, units.number, units.step, unroll=1):
             if leads:
+                # Wait for a free accumulator; the fence keeps our MMAs after the epilogue's tcgen05.ld of it.
                 sums.producer_acquire(sums_state)
                 fence_after_wait()
                 for k in cutlass.range(count, unroll=1):
+                    # Wait for the loads. TMA writes and tcgen05 reads in the async proxy: no fence between proxies.
                     loads.consumer_wait(load_state)
-                    copy, source, target = token_copy
-                    cute.copy(copy, source[None, None, None, None, load_state.index], target)
+                    # Copy the scales: tcgen05.cp and mma of one thread run in the order issued, without a barrier.
+                    source = token_copy.source[None, None, None, None, load_state.index]
+                    cute.copy(token_copy.copy, source, token_copy.target)
                     for p in cutlass.range_constexpr(t.panels):
-                        copy, source, target = weight_copies[p]
                         slot = load_state.index * t.panels + p
-                        cute.copy(copy, source[None, None, None, None, slot], target)
+                        source = weight_copies[p].source[None, None, None, None, slot]
+                        cute.copy(weight_copies[p].copy, source, weight_copies[p].target)
+                    # Issue the MMAs of every panel; a tile's first ones overwrite the accumulator.
                     for p in cutlass.range_constexpr(t.panels):
                         mma.set(tcgen05.Field.ACCUMULATE, k != 0)
                         acc = tCtSums[None, None, None, sums_state.index * t.panels + p]
@@ -581,49 +659,49 @@ class ExpertsKernel:
                             [tCrTokens[None, None, None, load_state.index], tTokenScales],
                             acc,
                         )
+                    # Give the stage back once its MMAs have read it
                     loads.consumer_release(load_state)
                     load_state.advance()
+                # Hand the accumulators to the epilogue
                 sums.producer_commit(sums_state)
             sums_state.advance()
+        # The other CTA's epilogue arrives at this CTA's barriers: not after it has ended.
         sums.producer_tail(sums_state)
 
-    def accumulator_load(self, tCtSums: cute.Tensor, thread):
-        """(tiled copy, a thread's view (values, 1, 1, 1, chunk, tile * panels + panel), its values' (lane, column))."""
+    def accumulator_load(
+        self,
+        tCtSums: cute.Tensor,  # f32 (MMA, 1, 1, tile * panels + panel), in tensor memory
+        thread: Int32 | int,
+    ) -> SumsLoad:
+        """A thread's load of its lane, `chunk` columns at a time."""
         chunk = self.tile.chunk
         chunks = cute.flat_divide(tCtSums[(None, None), 0, 0, None], (ROWS, chunk))
         atom = cute.make_copy_atom(tcgen05.Ld32x32bOp(tcgen05.Repetition(chunk)), Float32)
         load = tcgen05.make_tmem_copy(atom, chunks[None, None, 0, 0, 0])
         thr_load = load.get_slice(thread)
         values = thr_load.partition_D(cute.make_identity_tensor((ROWS, chunk)))
-        return load, thr_load.partition_S(chunks), values
+        return SumsLoad(load, thr_load.partition_S(chunks), values)
 
     @cute.jit
-    def read_sums(self, load, source: cute.Tensor, target: cute.Tensor):
+    def read_sums(
+        self,
+        load,
+        source: cute.Tensor,  # f32 (values, 1, 1), in tensor memory
+        target: cute.Tensor,  # f32 (values, 1, 1)
+    ):
         cute.copy(load, source, target)
+        # tcgen05.ld is asynchronous: its registers hold the values after this wait only.
         cute.arch.fence_view_async_tmem_load()
 
     @cute.jit
     def store(
         self,
-        tCtSums: cute.Tensor,
+        tCtSums: cute.Tensor,  # f32 (MMA, 1, 1, tile * panels + panel) in tensor memory
         thread: Int32,
         storage,
         sums,
-        mRowScale: cute.Tensor,
-        mActScale: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
-        by_slot: Int32,
-        by_expert: Int32,
-        out_by_expert: Int32,
-        limit: Float32,
-        table: Int64,
-        row_tiles: Int32,
-        first: Int32,
-        units: Int32,
-        step: Int32,
+        output: Output,
+        units: Units,
         member: Int32,
     ):
         """Scale, activate, transpose through shared memory a chunk of slots at a time, round, store.
@@ -633,60 +711,71 @@ class ExpertsKernel:
         t = self.tile
         group = thread // 128
         inside = thread % 128
-        results = mRowScale.shape[1] // (2 if self.activated else 1)
+        results = output.row_scale.shape[1] // (2 if self.activated else 1)
         sActScales = storage.act_scales.get_tensor(cute.make_layout((t.tokens, t.epilogue_groups)))
         sPairs = storage.pairs.get_tensor(cute.make_layout((t.tokens, t.epilogue_groups)))
         half_bytes = cutlass.const_expr(t.chunk * PITCH)
         staged = smem_address(storage.output.data_ptr()) + group * (2 * half_bytes)
 
-        load, tSums, values = self.accumulator_load(tCtSums, inside)
-        acc = [cute.make_rmem_tensor(values.shape, Float32) for _ in range(t.panels if self.activated else 1)]
+        load = self.accumulator_load(tCtSums, inside)
+        acc = [
+            cute.make_rmem_tensor(load.values.shape, Float32)
+            for _ in range(t.panels if self.activated else 1)
+        ]
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, t.accumulator_stages)
         half = Int32(0)
-        expert, first_slot, slots, _ = load_coherent(table + Int64(first // row_tiles + 1) * 16)
-        for unit in cutlass.range(first, units, step, unroll=1):
-            following = cutlass.min(unit + step, units - 1)
-            next_entry = load_coherent(table + Int64(following // row_tiles + 1) * 16)
-            self.meet(group)  # the previous tile's scales and pairs have been read
+        expert, first_slot, slots, _ = load_coherent(
+            units.table + Int64(units.first // units.row_tiles + 1) * 16
+        )
+        for unit in cutlass.range(units.first, units.number, units.step, unroll=1):
+            following = cutlass.min(unit + units.step, units.number - 1)
+            next_entry = load_coherent(units.table + Int64(following // units.row_tiles + 1) * 16)
+            # Leave the tile's scales and pairs in shared memory. Before: all have read the previous tile's.
+            self.meet(group)
             for slot in cutlass.range(inside, t.tokens, 128, unroll=1):
                 if slot < slots:
-                    at = by_slot * (first_slot + slot) + by_expert * expert
-                    sActScales[slot, group] = mActScale[at]
+                    at = output.by_slot * (first_slot + slot) + output.by_expert * expert
+                    sActScales[slot, group] = output.act_scale[at]
                     if cutlass.const_expr(not self.activated):
-                        sPairs[slot, group] = mPairs[first_slot + slot]
+                        sPairs[slot, group] = output.pairs[first_slot + slot]
                 else:
                     sActScales[slot, group] = Float32(0.0)
             factors = []
             rows = []
             for p in cutlass.range_constexpr(t.panels):
                 if cutlass.const_expr(self.activated):
-                    tile_row = (unit % row_tiles * t.ctas_per_mma + member) * ROWS
+                    tile_row = (unit % units.row_tiles * t.ctas_per_mma + member) * ROWS
                     n = cutlass.min(tile_row + inside, results - 1) + p * results
                 else:
-                    tile_row = ((unit % row_tiles * t.panels + p) * t.ctas_per_mma + member) * ROWS
+                    tile_row = ((unit % units.row_tiles * t.panels + p) * t.ctas_per_mma + member) * ROWS
                     n = cutlass.min(tile_row + inside, results - 1)
                 rows.append(tile_row)
-                factors.append(mRowScale[expert, n])
+                factors.append(output.row_scale[expert, n])
             out_scale = Float32(1.0)
             if cutlass.const_expr(self.result is Result.NVFP4):
-                out_scale = mOutActScale[out_by_expert * expert]
+                out_scale = output.out_act_scale[output.out_by_expert * expert]
+            # Every thread's scales and pairs are there for all of the group.
             self.meet(group)
+            # Wait for the tile's MMAs; the fence keeps our tcgen05.ld after them.
             sums.consumer_wait(state)
             fence_after_wait()
             count = cute.ceil_div(slots, t.chunk)
-            if group >= count:
+            if group >= count:  # no chunk for this group; the MMA warp waits for its arrivals all the same
                 sums.consumer_release(state)
             for e in cutlass.range(group, count, t.epilogue_groups, unroll=1):
                 chunk_slots = slots - e * t.chunk
                 for turn in cutlass.range_constexpr(1 if self.activated else t.panels):
                     for p in cutlass.range_constexpr(len(acc)):
-                        source = tSums[None, None, None, 0, e, state.index * t.panels + turn + p]
-                        self.read_sums(load, source, acc[p])
+                        source = load.source[None, None, None, 0, e, state.index * t.panels + turn + p]
+                        self.read_sums(load.copy, source, acc[p])
+                    # Give the accumulators back after the group's last chunk; the fence keeps the loads before it.
                     last = cutlass.const_expr(turn + len(acc) == t.panels)
                     if last and e + t.epilogue_groups >= count:
                         fence_before_arrive()
                         sums.consumer_release(state)
+                    # Stage the chunk, in the half that was not used last: who still reads the other is not overwritten,
+                    # and who wrote this one has met all since, so that one barrier a chunk is enough.
                     buffer = staged + half * half_bytes
                     half = half ^ 1
                     for j in cutlass.range_constexpr(t.chunk):
@@ -694,10 +783,11 @@ class ExpertsKernel:
                         if cutlass.const_expr(self.activated):
                             gate = acc[0][j] * factors[0] * act_scale
                             up = acc[1][j] * factors[1] * act_scale
-                            value = swiglu(gate, up, limit)
+                            value = swiglu(gate, up, output.limit)
                         else:
                             value = acc[0][j] * factors[turn] * act_scale
                         store_bf16(buffer + j * PITCH + inside * 2, value)
+                    # All rows of the chunk's slots are staged; store them by slot.
                     self.meet(group)
                     if cutlass.const_expr(self.result is Result.NVFP4):
                         self.store_rounded(
@@ -707,16 +797,22 @@ class ExpertsKernel:
                             chunk_slots,
                             rows[0],
                             out_scale,
-                            mOut,
-                            mOutScales,
+                            output.out,
+                            output.out_scales,
                         )
                     elif cutlass.const_expr(self.activated):
                         self.store_rows(
-                            buffer, inside, first_slot + e * t.chunk, chunk_slots, rows[0], mOut, None
+                            buffer, inside, first_slot + e * t.chunk, chunk_slots, rows[0], output.out, None
                         )
                     else:
                         self.store_rows(
-                            buffer, inside, e * t.chunk, chunk_slots, rows[turn], mOut, sPairs[None, group]
+                            buffer,
+                            inside,
+                            e * t.chunk,
+                            chunk_slots,
+                            rows[turn],
+                            output.out,
+                            sPairs[None, group],
                         )
             state.advance()
             expert, first_slot, slots, _ = next_entry
@@ -729,8 +825,8 @@ class ExpertsKernel:
         first_slot: Int32,
         slots: Int32,
         column: Int32,
-        mOut: cute.Tensor,
-        sPairs,
+        mOut: cute.Tensor,  # bf16 [R, I] or [M * T, H]
+        sPairs,  # int32 [tokens], or None
     ):
         """A chunk's 128 columns, 16 bytes a thread; rows are slots from `first_slot` on, or their pairs."""
         lines = cutlass.const_expr(128 // (ROWS * 2 // 16))  # slots at a time
@@ -758,8 +854,8 @@ class ExpertsKernel:
         slots: Int32,
         column: Int32,
         scale: Float32,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
+        mOut: cute.Tensor,  # uint8 [R, I/2]
+        mOutScales: cute.Tensor,  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
     ):
         """A chunk's slots in NVFP4: a thread rounds a group of 16 at a time, four threads have an atom's scales."""
         t = self.tile
@@ -799,11 +895,14 @@ class ExpertsKernel:
 
     @cute.jit
     def meet(self, group: Int32):
-        """A barrier of one group of four warps; a computed barrier number would reserve all 16."""
+        """A barrier of one group of four warps.
+
+        The groups take chunks on their own, so neither may wait for the other. A computed number would reserve all 16.
+        """
         if cutlass.const_expr(self.tile.epilogue_groups == 1):
-            cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
+            cute.arch.barrier(barrier_id=Barrier.FIRST_GROUP, number_of_threads=128)
         else:
             if group == 0:
-                cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER, number_of_threads=128)
+                cute.arch.barrier(barrier_id=Barrier.FIRST_GROUP, number_of_threads=128)
             else:
-                cute.arch.barrier(barrier_id=FIRST_GROUP_BARRIER + 1, number_of_threads=128)
+                cute.arch.barrier(barrier_id=Barrier.SECOND_GROUP, number_of_threads=128)

@@ -1,4 +1,4 @@
-"""PTX that CuTe DSL does not expose, and views of operands, for the Blackwell kernels."""
+"""PTX of the sm_100 kernels that CuTe DSL does not expose."""
 
 from cutlass import Float32, Int32
 from cutlass.cutlass_dsl import dsl_user_op

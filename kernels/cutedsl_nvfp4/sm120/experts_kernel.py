@@ -4,7 +4,8 @@
     w13   h[s, n] = swiglu(acc[0] * g, acc[1] * u)            g, u = act_scale * row_scale of gate and up rows
     w2    y[pair of s, n] = acc * act_scale * row_scale
 
-A slot is a row of the scratch: tile t of the table holds slots tokens * t and following.
+A slot is a row of the scratch: tile t of the table holds slots tokens * t and following. A panel is here the gate or
+the up rows of a tile, not the 64 packed rows of Hopper's weights.
 
     weights       e2m1 [E, N, K' / 2], the checkpoint's; their scales e4m3 [E, P, KB, 32, 16], 128x4 tiles, of w13
                   those of gate rows first, then those of up rows
@@ -26,6 +27,7 @@ from ..blackwell.rounding import divide, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, settle
+from ..device.ring import advance
 from ..device.views import partition_loads
 from ..format import E2M1_MAX
 from .lanes import bf16_piece, shuffle, transpose_bytes
@@ -48,20 +50,20 @@ class ExpertsKernel(Mainloop):
     @cute.jit
     def __call__(
         self,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
+        mCodes: cute.Tensor,  # uint8 [E, N, K' / 2]
+        mScales: cute.Tensor,  # uint8 [E, P, KB, 32, 16]
         mRowScale: cute.Tensor,  # f32 [E, N]
-        mX: cute.Tensor,
-        mXScales: cute.Tensor,
+        mX: cute.Tensor,  # uint8 [R, K' / 2]
+        mXScales: cute.Tensor,  # uint8 [tiles, KB, 32, 16]
         mActScale: cute.Tensor,  # f32 [1], [E] or [R]
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]: (tiles, ...), then (expert, first slot, slots, ...)
         mPairs: cute.Tensor,  # int32 [R]
-        mOut: cute.Tensor,
+        mOut: cute.Tensor,  # uint8 [R, I / 2], bf16 [R, I] or bf16 [M * T, H]
         mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]; any without NVFP4
         mOutActScale: cute.Tensor,  # f32 [1] or [E]; any without NVFP4
-        by_slot: Int32,  # whether act_scale is each slot's
-        by_expert: Int32,  # whether it is each expert's
-        out_by_expert: Int32,
+        by_slot: Int32,  # 1 for an act_scale of every slot
+        by_expert: Int32,  # 1 for an act_scale of every expert
+        out_by_expert: Int32,  # the same of mOutActScale
         limit: Float32,
         max_ctas: Int32,
         stream,
@@ -124,20 +126,20 @@ class ExpertsKernel(Mainloop):
     def kernel(
         self,
         x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
+        tX: cute.Tensor,  # uint8 (R, K' / 2), coordinates for TMA
         x_scale_atom: cute.CopyAtom,
-        tXScales: cute.Tensor,
+        tXScales: cute.Tensor,  # uint8 (16, 32, KB, tiles)
         code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
+        tCodes: cute.Tensor,  # uint8 (rows of a panel, K' / 2, E * panels)
         scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mActScale: cute.Tensor,
-        mTable: cute.Tensor,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
+        tScales: cute.Tensor,  # uint8 (16, 32, KB, scale tiles of a panel, E * panels)
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        mActScale: cute.Tensor,  # f32 [1], [E] or [R]
+        mTable: cute.Tensor,  # int32 [1 + tiles, 4]
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,  # uint8 [R, I / 2], bf16 [R, I] or bf16 [M * T, H]
+        mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]
         by_slot: Int32,
         by_expert: Int32,
         out_by_expert: Int32,
@@ -146,6 +148,7 @@ class ExpertsKernel(Mainloop):
         count: Int32,
     ):
         t = self.tile
+        # At once: before this kernel is complete, a successor only reads weights, the table and the router's results.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
@@ -188,7 +191,8 @@ class ExpertsKernel(Mainloop):
 
                 tiles, _, _, _ = load_coherent(table)
                 units = cute.arch.make_warp_uniform(tiles * row_tiles)
-                # Of the first unit, weights first; tokens once the previous kernel's results are visible.
+                # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous
+                # one. No wait for `empty` either: nothing has been loaded into the ring yet.
                 early = Int32(0)
                 if bid < units:
                     early = cutlass.min(count, t.stages)
@@ -200,15 +204,18 @@ class ExpertsKernel(Mainloop):
                             code_atom, tCg, tCs, scale_atom, tSg, tSs,
                             bid % row_tiles, expert, stage, full + stage, stage,
                         )  # fmt: skip
+                # The previous kernel wrote the tokens: its writes are visible after the wait.
                 cute.arch.griddepcontrol_wait()
                 stage = Int32(0)
-                phase = Int32(1)  # a fresh barrier counts as released
+                phase = Int32(1)  # a wait with parity 1 passes on a fresh barrier: the stage is free
                 for unit in cutlass.range(bid, units, ctas, unroll=1):
                     tile = unit // row_tiles
                     expert, _, _, _ = load_coherent(table + Int64(tile + 1) * 16)
                     for step in cutlass.range(count, unroll=1):
                         if early <= 0:
+                            # Wait for a free stage: TMA must not overwrite what a warp still reads.
                             cute.arch.mbarrier_wait(empty + stage, phase)
+                            # Announce its bytes and issue the weights' loads
                             with cute.arch.elect_one():
                                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
                             self.load_rows(
@@ -216,15 +223,13 @@ class ExpertsKernel(Mainloop):
                                 unit % row_tiles, expert, step, full + stage, stage,
                             )  # fmt: skip
                         early -= 1
+                        # Issue the tokens' loads
                         barrier = full + stage
                         cute.copy(x_atom, tXg[None, tile, step], tXs[None, stage], tma_bar_ptr=barrier)
                         cute.copy(
                             x_scale_atom, tXSg[None, step, tile], tXSs[None, stage], tma_bar_ptr=barrier
                         )
-                        stage += 1
-                        if stage == t.stages:
-                            stage = Int32(0)
-                            phase = phase ^ 1
+                        stage, phase = advance(stage, phase, t.stages)
         else:
             self.take_registers()
             token_codes, row_codes = self.operand_addresses(storage, warp, lane)
@@ -248,11 +253,13 @@ class ExpertsKernel(Mainloop):
                     self.token_scale_address(storage, warp, lane, Int32(0)),
                     self.row_scale_address(storage, warp, lane, first_row),
                 )
+                # Sum over the warps that share the tokens and rows; the first of them has the result.
                 if cutlass.const_expr(t.k_warps > 1):
                     self.add_partials(acc, storage, warp, lane)
                 if warp < t.token_warps * t.row_warps:
-                    cute.arch.griddepcontrol_wait()  # the slots' scales are the previous kernel's
-                    # computed again, so that it takes no registers in the main loop
+                    # The slots' scales may be the previous kernel's result, and out what it still reads.
+                    cute.arch.griddepcontrol_wait()
+                    # Computed again, so that it takes no registers in the main loop
                     token_warp, row_warp = self.warp_place(Int32(settle(Uint32(warp))))
                     first_token = token_warp * t.warp_tokens
                     entry = load_coherent(table + Int64(unit // row_tiles + 1) * 16)
@@ -279,11 +286,11 @@ class ExpertsKernel(Mainloop):
     def load_rows(
         self,
         code_atom: cute.CopyAtom,
-        tCg: cute.Tensor,
-        tCs: cute.Tensor,
+        tCg: cute.Tensor,  # uint8 (box, row tiles, k tiles, E * panels)
+        tCs: cute.Tensor,  # uint8 (box, stages * panels), in shared memory
         scale_atom: cute.CopyAtom,
-        tSg: cute.Tensor,
-        tSs: cute.Tensor,
+        tSg: cute.Tensor,  # uint8 (box, k tiles, scale tiles, E * panels)
+        tSs: cute.Tensor,  # uint8 (box, stages * panels)
         row_tile: Int32,
         expert: Int32,
         step: Int32,
@@ -301,7 +308,13 @@ class ExpertsKernel(Mainloop):
             cute.copy(scale_atom, tSg[None, step, scale_tile, matrix], tSs[None, part], tma_bar_ptr=barrier)
 
     @cute.jit
-    def row_scales(self, mRowScale: cute.Tensor, expert: Int32, first_row: Int32, lane: Int32):
+    def row_scales(
+        self,
+        mRowScale: cute.Tensor,  # f32 [E, N]
+        expert: Int32,
+        first_row: Int32,
+        lane: Int32,
+    ) -> cute.Tensor:
         """Scales of a lane's rows: [2, row MMAs]; zero beyond the last row."""
         t = self.tile
         rows = mRowScale.shape[1] // t.panels
@@ -320,13 +333,13 @@ class ExpertsKernel(Mainloop):
     @cute.jit
     def store_rows(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
         place: tuple,
         first_row: Int32,
         lane: Int32,
         scales: tuple,
-        mPairs: cute.Tensor,
-        mOut: cute.Tensor,
+        mPairs: cute.Tensor,  # int32 [R]
+        mOut: cute.Tensor,  # bf16 [M * T, H]
     ):
         """w2: a warp's sums, scaled, to the rows of their pairs."""
         t = self.tile
@@ -354,14 +367,14 @@ class ExpertsKernel(Mainloop):
     @cute.jit
     def store_activated(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs): the gate's, then the up's
         place: tuple,
         first_row: Int32,
         lane: Int32,
         scales: tuple,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
-        mOutActScale: cute.Tensor,
+        mOut: cute.Tensor,  # uint8 [R, I / 2] or bf16 [R, I]
+        mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]
+        mOutActScale: cute.Tensor,  # f32 [1] or [E]
         out_by_expert: Int32,
         limit: Float32,
     ):
@@ -402,14 +415,14 @@ class ExpertsKernel(Mainloop):
     @cute.jit
     def store_rounded(
         self,
-        values: tuple,
+        values: tuple,  # eight f32
         slot: Int32,
         wanted: cutlass.Boolean,
         first_row: Int32,
         lane: Int32,
         scale: Float32,
-        mOut: cute.Tensor,
-        mOutScales: cute.Tensor,
+        mOut: cute.Tensor,  # uint8 [R, I / 2]
+        mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]
     ):
         """32 values of a slot, eight in each of four lanes, to NVFP4."""
         word, bits = round_band(values, lane, scale)
@@ -418,6 +431,7 @@ class ExpertsKernel(Mainloop):
             target = mOut.iterator + (Int64(slot) * mOut.shape[1] + row // 2)
             target = cute.recast_ptr(target.align(4), dtype=Uint32)
             cute.make_tensor(target, cute.make_layout(1))[0] = word
+        # One of the row's four lanes stores the band's two scales; the other two of their word are another band's.
         if wanted and lane % 4 == 0 and first_row // 64 < mOutScales.shape[1]:
             target = mOutScales.iterator + scale_offset(
                 slot, first_row // 16, self.tile.tokens, mOutScales.shape[1]
@@ -439,7 +453,7 @@ def round_band(values: tuple, lane, scale):
         amax = some[0]
         for value in some:
             amax = larger(amax, larger(value, -value))
-        for distance in (1, 2):
+        for distance in (1, 2):  # over the four lanes that hold the group
             amax = larger(amax, shuffle(amax, distance))
         bits.append(encode_e4m3(amax / E2M1_MAX / scale))
         step = decode_e4m3(bits[group]) * scale
@@ -474,7 +488,13 @@ def quotients(values: list, step: Float32):
 
 
 @cute.jit
-def store_slot(words: tuple, wanted: cutlass.Boolean, row: Int32, column: Int32, mOut: cute.Tensor):
+def store_slot(
+    words: tuple,  # four Uint32
+    wanted: cutlass.Boolean,
+    row: Int32,
+    column: Int32,
+    mOut: cute.Tensor,  # bf16 [R, I] or [M * T, H]
+):
     """16 bytes to out[row] from `column` on, where they lie within it."""
     if wanted:
         store_piece(words, Int64(row) * mOut.shape[1], column, mOut.shape[1], Int32(0), mOut)

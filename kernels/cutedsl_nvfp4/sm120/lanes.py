@@ -46,6 +46,7 @@ def transpose_words(words: tuple, lane):
 
 def transpose_bytes(word, lane):
     """Four bytes of each of a row's four lanes -> lane q gets byte q of lanes 0, 1, 2, 3."""
+    # A byte stays where it is, the others come from the lanes at distance 1, 2 and 3, one shuffle each.
     own = lane % 4
     result = ((word >> (8 * own)) & 0xFF) << (8 * own)
     for distance in range(1, 4):

@@ -22,18 +22,48 @@ Epilogue
     In registers: the four lanes of a row exchange words, so that each stores 16 consecutive bytes.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
-from cutlass.cute.nvgpu import cpasync
 
 from ..device.ptx import settle
-from ..device.views import partition_loads
 from .lanes import bf16_piece, f32_pieces
-from .mainloop import SCALE_LINE, Mainloop, empty_sums, layouts, stage_layouts
+from .mainloop import SCALE_LINE, Addresses, Load, Mainloop, Operands, Ring, Stages, empty_sums, layouts
 from .tiles import BAND, SCALE_TILE_ROWS
 
 SCALE_TILE_BYTES = 512  # 128 rows x 4 k groups
+
+
+class Tiles(NamedTuple):
+    """The tiles of the output, and which of them a CTA computes: `start`, and every `stride`-th from there on."""
+
+    start: Int32
+    stride: Int32
+    number: Int32
+    token_group: Int32  # token tiles that are neighbours in the order of tiles
+    token_tiles: Int32
+    row_tiles: Int32  # of a group
+    groups: Int32
+
+
+class Place(NamedTuple):
+    """A tile."""
+
+    token_tile: Int32
+    group: Int32
+    row_tile: Int32  # of the group
+
+
+class Output(NamedTuple):
+    """What becomes of the sums."""
+
+    act_scale: cute.Tensor  # f32 [1] or [M]
+    act_stride: Int32
+    row_scale: cute.Tensor  # f32 [N]
+    bias: cute.Tensor  # f32 [N]
+    out: cute.Tensor  # bf16 or f32 [M, N]
 
 
 class LinearKernel(Mainloop):
@@ -49,57 +79,33 @@ class LinearKernel(Mainloop):
     @cute.jit
     def __call__(
         self,
-        mX: cute.Tensor,
-        mXScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mCodes: cute.Tensor,
-        mScales: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
-        act_stride: Int32,
+        mX: cute.Tensor,  # uint8 [M, groups * K' / 2]
+        mXScales: cute.Tensor,  # uint8 [groups * MT, KB, 32, 16]
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mCodes: cute.Tensor,  # uint8 [N, K' / 2]
+        mScales: cute.Tensor,  # uint8 [groups * P, KB, 32, 16]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N], any without `has_bias`
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
+        act_stride: Int32,  # 0 for an act_scale of all tokens, 1 for one of each
         groups: Int32,
-        token_group: Int32,
+        token_group: Int32,  # token tiles that are neighbours in the order of tiles
         max_ctas: Int32,
         stream,
     ):
         t = self.tile
-        boxes = stage_layouts(t)
         k_blocks = mScales.shape[1]
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        x_atom, tX = cpasync.make_tiled_tma_atom(
-            load,
-            grouped_columns(mX, groups),
-            boxes["token_codes"],
-            (t.tokens, t.row_bytes),
-        )
-        code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, grouped_rows(mCodes, groups), boxes["row_codes"], (t.rows, t.row_bytes)
-        )
-        x_scale_atom, tXScales = cpasync.make_tiled_tma_atom(
-            load,
-            grouped_tiles(mXScales, groups),
-            boxes["token_scales"],
-            (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1),
-        )
-        scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load,
-            grouped_tiles(mScales, groups),
-            boxes["row_scales"],
-            (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles),
+        operands = self.operands(
+            token_codes=grouped_columns(mX, groups),
+            row_codes=grouped_rows(mCodes, groups),
+            token_scales=grouped_tiles(mXScales, groups),
+            row_scales=grouped_tiles(mScales, groups),
         )
         self.shared = self.shared_storage()
         token_tiles = cute.ceil_div(mX.shape[0], t.tokens)
         row_tiles = cute.ceil_div(mCodes.shape[0] // groups, t.rows)
         self.kernel(
-            x_atom,
-            tX,
-            x_scale_atom,
-            tXScales,
-            code_atom,
-            tCodes,
-            scale_atom,
-            tScales,
+            operands,
             mActScale,
             mRowScale,
             mBias,
@@ -121,18 +127,11 @@ class LinearKernel(Mainloop):
     @cute.kernel
     def kernel(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,
-        x_scale_atom: cute.CopyAtom,
-        tXScales: cute.Tensor,
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,
-        mActScale: cute.Tensor,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        operands: Operands,  # uint8 (rows, K' / 2, groups), scales (16, 32, KB, scale tiles, groups)
+        mActScale: cute.Tensor,  # f32 [1] or [M]
+        mRowScale: cute.Tensor,  # f32 [N]
+        mBias: cute.Tensor,  # f32 [N]
+        mOut: cute.Tensor,  # bf16 or f32 [M, N]
         act_stride: Int32,
         groups: Int32,
         token_group: Int32,
@@ -141,217 +140,164 @@ class LinearKernel(Mainloop):
         count: Int32,
     ):
         t = self.tile
+        # At once: before this kernel is complete, a successor of this project only reads weights.
         cute.arch.griddepcontrol_launch_dependents()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        ring = Ring(storage.full.data_ptr(), storage.empty.data_ptr())
         if warp == t.warps:
-            self.prefetch((x_atom, x_scale_atom, code_atom, scale_atom))
+            self.prefetch(operands)
         self.init_barriers(storage, warp)
-        tiles = token_tiles * row_tiles * groups
-
+        tiles = Tiles(
+            bid, ctas, token_tiles * row_tiles * groups, token_group, token_tiles, row_tiles, groups
+        )
         if warp >= t.warps:
             self.give_registers()
             if warp == t.warps:
-                shared = layouts(t)
-                sX = storage.token_codes.get_tensor(
-                    shared["token_codes"].outer, swizzle=shared["token_codes"].inner
+                # Not in a method: only so are the addresses computed in this branch, not before it.
+                layout = layouts(t)
+                stages = Stages(
+                    storage.token_codes.get_tensor(
+                        layout["token_codes"].outer, swizzle=layout["token_codes"].inner
+                    ),
+                    storage.token_scales.get_tensor(layout["token_scales"]),
+                    storage.row_codes.get_tensor(
+                        layout["row_codes"].outer, swizzle=layout["row_codes"].inner
+                    ),
+                    storage.row_scales.get_tensor(layout["row_scales"]),
                 )
-                sCodes = storage.row_codes.get_tensor(
-                    shared["row_codes"].outer, swizzle=shared["row_codes"].inner
-                )
-                sXScales = storage.token_scales.get_tensor(shared["token_scales"])
-                sScales = storage.row_scales.get_tensor(shared["row_scales"])
-                gX = cute.local_tile(tX, (t.tokens, t.row_bytes), (None, None, None))
-                gCodes = cute.local_tile(tCodes, (t.rows, t.row_bytes), (None, None, None))
-                gXScales = cute.local_tile(
-                    tXScales, (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1), (0, None, None, None, None)
-                )
-                gScales = cute.local_tile(
-                    tScales, (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles), (0, 0, None, None, None)
-                )
-                tXs, tXg = partition_loads(x_atom, sX, gX, 2)
-                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
-                tXSs, tXSg = partition_loads(x_scale_atom, sXScales, gXScales, 4)
-                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 4)
-
-                # Of the first tile, weights first; what was quantized once the previous kernel's results are visible.
-                early = cutlass.min(count, t.stages)
-                if bid >= tiles:
-                    early = Int32(0)
-                token_tile, group, row_tile = self.place(bid, token_group, token_tiles, row_tiles, groups)
-                for stage in cutlass.range(early, unroll=1):
-                    with cute.arch.elect_one():
-                        cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                    self.load_rows(
-                        code_atom, tCg, tCs, scale_atom, tSg, tSs, row_tile, group, stage, full + stage, stage
-                    )
-                cute.arch.griddepcontrol_wait()
-                stage = Int32(0)
-                phase = Int32(1)  # a fresh barrier counts as released
-                for tile in cutlass.range(bid, tiles, ctas, unroll=1):
-                    token_tile, group, row_tile = self.place(
-                        tile, token_group, token_tiles, row_tiles, groups
-                    )
-                    for step in cutlass.range(count, unroll=1):
-                        if early <= 0:
-                            cute.arch.mbarrier_wait(empty + stage, phase)
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                            self.load_rows(
-                                code_atom,
-                                tCg,
-                                tCs,
-                                scale_atom,
-                                tSg,
-                                tSs,
-                                row_tile,
-                                group,
-                                step,
-                                full + stage,
-                                stage,
-                            )
-                        early -= 1
-                        self.load_tokens(
-                            x_atom,
-                            tXg,
-                            tXs,
-                            x_scale_atom,
-                            tXSg,
-                            tXSs,
-                            token_tile,
-                            group,
-                            step,
-                            full + stage,
-                            stage,
-                        )
-                        stage += 1
-                        if stage == t.stages:
-                            stage = Int32(0)
-                            phase = phase ^ 1
+                self.load(operands, stages, ring, tiles, count)
         else:
             self.take_registers()
-            token_codes, row_codes = self.operand_addresses(storage, warp, lane)
-            acc = empty_sums(t)
-            stage = Int32(0)
-            phase = Int32(0)
-            for tile in cutlass.range(cute.arch.make_warp_uniform(bid), tiles, ctas, unroll=1):
-                token_tile, _, row_tile = self.place(tile, token_group, token_tiles, row_tiles, groups)
-                stage, phase = self.accumulate(
-                    acc,
-                    count,
-                    stage,
-                    phase,
-                    lane,
-                    full,
-                    empty,
-                    token_codes,
-                    row_codes,
-                    self.token_scale_address(storage, warp, lane, token_tile * t.tokens),
-                    self.row_scale_address(storage, warp, lane, row_tile * t.rows),
-                )
-                if cutlass.const_expr(t.k_warps > 1):
-                    self.add_partials(acc, storage, warp, lane)
-                if warp < t.token_warps * t.row_warps:
-                    cute.arch.griddepcontrol_wait()  # act_scale is the previous kernel's
-                    # computed again, so that it takes no registers in the main loop
-                    warp_again, group_again, row_again = (
-                        Int32(settle(Uint32(value))) for value in (warp, token_group, row_tiles)
-                    )
-                    token_tile, group, row_tile = self.place(
-                        tile, group_again, token_tiles, row_again, groups
-                    )
-                    token_warp, row_warp = self.warp_place(warp_again)
-                    self.store_tile(
-                        acc,
-                        token_tile * t.tokens + token_warp * t.warp_tokens,
-                        row_tile * t.rows + self.row_band(row_warp, 0),
-                        group,
-                        lane,
-                        mActScale,
-                        act_stride,
-                        mRowScale,
-                        mBias,
-                        mOut,
-                        mOut.shape[1] // groups,
-                    )
+            output = Output(mActScale, act_stride, mRowScale, mBias, mOut)
+            self.multiply(storage, ring, tiles, count, warp, lane, output)
 
     @cute.jit
-    def place(self, index: Int32, token_group: Int32, token_tiles: Int32, row_tiles: Int32, groups: Int32):
-        """Linear tile index -> (token tile, group, row tile of the group)."""
-        per_group = token_group * row_tiles * groups
-        first = index // per_group * token_group
-        width = cutlass.min(token_group, token_tiles - first)
+    def load(self, operands: Operands, stages: Stages, ring: Ring, tiles: Tiles, count: Int32):
+        """The producer warp's part: the loads of every tile."""
+        loads = self.loads(operands, stages)
+        early = cutlass.min(count, self.tile.stages)
+        if tiles.start >= tiles.number:
+            early = Int32(0)
+        self.load_first(loads, ring, early, self.place(tiles.start, tiles))
+        # The previous kernel quantized the tokens: its writes are visible after the wait.
+        cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)  # a wait with parity 1 passes on a fresh barrier: the stage is free
+        for tile in cutlass.range(tiles.start, tiles.number, tiles.stride, unroll=1):
+            place = self.place(tile, tiles)
+            early, stage, phase = self.load_tile(loads, ring, count, early, stage, phase, place)
+
+    @cute.jit
+    def multiply(
+        self,
+        storage,
+        ring: Ring,
+        tiles: Tiles,
+        count: Int32,
+        warp: Int32,
+        lane: Int32,
+        output: Output,
+    ):
+        """A multiplying warp's part: the sums of every tile, and what becomes of them."""
+        t = self.tile
+        codes = self.operand_addresses(storage, warp, lane)
+        acc = empty_sums(t)
+        stage = Int32(0)
+        phase = Int32(0)
+        for tile in cutlass.range(
+            cute.arch.make_warp_uniform(tiles.start), tiles.number, tiles.stride, unroll=1
+        ):
+            place = self.place(tile, tiles)
+            addresses = Addresses(
+                *codes,
+                self.token_scale_address(storage, warp, lane, place.token_tile * t.tokens),
+                self.row_scale_address(storage, warp, lane, place.row_tile * t.rows),
+            )
+            stage, phase = self.accumulate(acc, count, stage, phase, lane, ring, addresses)
+            # Sum over the warps that share the tokens and rows; the first of them has the result.
+            if cutlass.const_expr(t.k_warps > 1):
+                self.add_partials(acc, storage, warp, lane)
+            if warp < t.token_warps * t.row_warps:
+                # act_scale may be the previous kernel's result, and out what it still reads.
+                cute.arch.griddepcontrol_wait()
+                # Computed again, so that it takes no registers in the main loop
+                warp_again, group_again, row_again = (
+                    Int32(settle(Uint32(value))) for value in (warp, tiles.token_group, tiles.row_tiles)
+                )
+                place = self.place(tile, tiles._replace(token_group=group_again, row_tiles=row_again))
+                token_warp, row_warp = self.warp_place(warp_again)
+                self.store_tile(
+                    acc,
+                    place.token_tile * t.tokens + token_warp * t.warp_tokens,
+                    place.row_tile * t.rows + self.row_band(row_warp, 0),
+                    place.group,
+                    lane,
+                    output,
+                    output.out.shape[1] // tiles.groups,
+                )
+
+    @cute.jit
+    def place(self, index: Int32, tiles: Tiles) -> Place:
+        """Linear tile index -> the tile."""
+        per_group = tiles.token_group * tiles.row_tiles * tiles.groups
+        first = index // per_group * tiles.token_group
+        width = cutlass.min(tiles.token_group, tiles.token_tiles - first)
         inside = index % per_group
         row_tile = inside // width
-        return first + inside % width, row_tile // row_tiles, row_tile % row_tiles
+        return Place(first + inside % width, row_tile // tiles.row_tiles, row_tile % tiles.row_tiles)
 
     @cute.jit
     def load_rows(
         self,
-        code_atom: cute.CopyAtom,
-        tCg: cute.Tensor,
-        tCs: cute.Tensor,
-        scale_atom: cute.CopyAtom,
-        tSg: cute.Tensor,
-        tSs: cute.Tensor,
-        row_tile: Int32,
-        group: Int32,
+        codes: Load,  # tiles (box, row tiles, k tiles, groups)
+        scales: Load,  # tiles (box, 1, k tiles, scale tiles, groups)
+        place: Place,
         step: Int32,
         barrier: cute.Pointer,
         stage: Int32,
     ):
         """Weight codes and scales of one stage."""
         t = self.tile
-        scale_tile = row_tile
+        scale_tile = place.row_tile
         if cutlass.const_expr(t.rows < SCALE_TILE_ROWS):
-            scale_tile = row_tile * t.rows // SCALE_TILE_ROWS
-        cute.copy(code_atom, tCg[None, row_tile, step, group], tCs[None, stage], tma_bar_ptr=barrier)
-        cute.copy(scale_atom, tSg[None, step, scale_tile, group], tSs[None, stage], tma_bar_ptr=barrier)
+            scale_tile = place.row_tile * t.rows // SCALE_TILE_ROWS
+        tiles = codes.tiles[None, place.row_tile, step, place.group]
+        cute.copy(codes.atom, tiles, codes.shared[None, stage], tma_bar_ptr=barrier)
+        tiles = scales.tiles[None, 0, step, scale_tile, place.group]
+        cute.copy(scales.atom, tiles, scales.shared[None, stage], tma_bar_ptr=barrier)
 
     @cute.jit
     def load_tokens(
         self,
-        x_atom: cute.CopyAtom,
-        tXg: cute.Tensor,
-        tXs: cute.Tensor,
-        x_scale_atom: cute.CopyAtom,
-        tXSg: cute.Tensor,
-        tXSs: cute.Tensor,
-        token_tile: Int32,
-        group: Int32,
+        codes: Load,  # tiles (box, token tiles, k tiles, groups)
+        scales: Load,  # tiles (box, parts of a band, k tiles, scale tiles, groups)
+        place: Place,
         step: Int32,
         barrier: cute.Pointer,
         stage: Int32,
     ):
         """Activation codes and scales of one stage."""
         t = self.tile
-        first = token_tile * t.tokens
+        first = place.token_tile * t.tokens
         line = first % BAND // t.token_scale_rows
-        cute.copy(x_atom, tXg[None, token_tile, step, group], tXs[None, stage], tma_bar_ptr=barrier)
-        cute.copy(
-            x_scale_atom,
-            tXSg[None, line, step, first // SCALE_TILE_ROWS, group],
-            tXSs[None, stage],
-            tma_bar_ptr=barrier,
-        )
+        tiles = codes.tiles[None, place.token_tile, step, place.group]
+        cute.copy(codes.atom, tiles, codes.shared[None, stage], tma_bar_ptr=barrier)
+        tiles = scales.tiles[None, line, step, first // SCALE_TILE_ROWS, place.group]
+        cute.copy(scales.atom, tiles, scales.shared[None, stage], tma_bar_ptr=barrier)
 
     @cute.jit
     def store_tile(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
         first_token: Int32,
         first_row: Int32,
         group: Int32,
         lane: Int32,
-        mActScale: cute.Tensor,
-        act_stride: Int32,
-        mRowScale: cute.Tensor,
-        mBias: cute.Tensor,
-        mOut: cute.Tensor,
+        output: Output,
         rows: Int32,
     ):
         """Scale a warp's sums and store them; `first_row` counts from the group's first, of `rows`."""
@@ -364,14 +310,14 @@ class LinearKernel(Mainloop):
                 factors[i, mma] = Float32(0.0)
                 offsets[i, mma] = Float32(0.0)
                 if row < rows:
-                    factors[i, mma] = mRowScale[group * rows + row]
+                    factors[i, mma] = output.row_scale[group * rows + row]
                     if cutlass.const_expr(self.has_bias):
-                        offsets[i, mma] = mBias[group * rows + row]
+                        offsets[i, mma] = output.bias[group * rows + row]
         for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 m = first_token + token * 16 + h * 8 + lane // 4
-                if m < mOut.shape[0]:
-                    act_scale = mActScale[m * act_stride]
+                if m < output.out.shape[0]:
+                    act_scale = output.act_scale[m * output.act_stride]
                     for mma in cutlass.range_constexpr(t.warp_rows // 8):
                         for i in cutlass.range_constexpr(2):
                             value = acc[2 * h + i, mma, token] * factors[i, mma] * act_scale
@@ -381,7 +327,9 @@ class LinearKernel(Mainloop):
                 # lanes of a row exchange values whether the row exists or not
                 for band in cutlass.range_constexpr(t.warp_rows // BAND):
                     values = tuple(acc[2 * h + v % 2, band * 4 + v // 2, token] for v in range(8))
-                    store_band(values, m, first_row + band * BAND, group, lane, rows, mOut, self.aligned_rows)
+                    store_band(
+                        values, m, first_row + band * BAND, group, lane, rows, output.out, self.aligned_rows
+                    )
 
 
 def grouped_columns(codes: cute.Tensor, groups: Int32) -> cute.Tensor:
@@ -412,13 +360,13 @@ def grouped_tiles(scales: cute.Tensor, groups: Int32) -> cute.Tensor:
 
 @cute.jit
 def store_band(
-    values: tuple,
+    values: tuple,  # eight f32
     m: Int32,
     first_row: Int32,
     group: Int32,
     lane: Int32,
     rows: Int32,
-    mOut: cute.Tensor,
+    mOut: cute.Tensor,  # bf16 or f32 [M, N]
     aligned_rows: cutlass.Constexpr[bool],
 ):
     """A lane's values[2 * j + i] of rows 8 * j + 2 * (lane % 4) + i of a band -> out[m]; `rows` are the group's."""
@@ -438,7 +386,14 @@ def store_band(
 
 
 @cute.jit
-def store_piece(words: tuple, base: Int64, row: Int32, rows: Int32, m: Int32, mOut: cute.Tensor):
+def store_piece(
+    words: tuple,  # four Uint32
+    base: Int64,
+    row: Int32,
+    rows: Int32,
+    m: Int32,
+    mOut: cute.Tensor,  # bf16 or f32 [M, N]
+):
     """16 bytes to out, where they lie within it."""
     if m < mOut.shape[0] and row < rows:
         piece = cute.make_rmem_tensor(4, Uint32)

@@ -14,19 +14,97 @@ reach the tensor core as TMA left them: one load a band of 32 rows and k block, 
 (layout.py).
 """
 
+from enum import IntEnum
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..device.ptx import load_matrices, load_words, smem_address
+from ..device.ring import advance
+from ..device.views import partition_loads
 from .layout import code_offset, row_lane, row_selector, scale_lane, scale_offset, token_lane, token_selector
 from .ptx import load_sums, load_word, mma_m16n8k64, store_sums
 from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
 
 SCALE_LINE = 16  # bytes: four bands x four k groups
-SUMS_BARRIER = 1
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # within 3 x 168
+# Three warpgroups share 65,536 registers, 170 a thread, in eights 168; 40 + 2 * 232 = 3 * 168.
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+
+
+class Barrier(IntEnum):
+    """Named barriers of a CTA; 0 is sync_threads', of all warps."""
+
+    SUMS = 1  # warps that multiply: partial sums are in shared memory, or have been read
+
+
+class Operand(NamedTuple):
+    """What TMA needs of an operand in global memory."""
+
+    atom: cute.CopyAtom
+    tensor: cute.Tensor  # coordinates
+
+
+class Operands(NamedTuple):
+    """All that TMA loads."""
+
+    token_codes: Operand
+    token_scales: Operand
+    row_codes: Operand
+    row_scales: Operand
+
+
+class Stages(NamedTuple):
+    """Where TMA leaves the operands in shared memory; the last mode is the stage, of weights stage * panels + panel."""
+
+    token_codes: cute.Tensor  # uint8 (rows, bytes of k, stages)
+    token_scales: cute.Tensor  # uint8 (16 bytes, rows of a band, k blocks, scale tiles, stages)
+    row_codes: cute.Tensor
+    row_scales: cute.Tensor
+
+
+class Load(NamedTuple):
+    """A CTA's loads of an operand."""
+
+    atom: cute.CopyAtom
+    shared: cute.Tensor  # (box, stages), of weights (box, stages * panels)
+    tiles: cute.Tensor  # (box, coordinates of a tile ...), of global memory
+
+
+class Loads(NamedTuple):
+    """A CTA's loads of all operands."""
+
+    token_codes: Load
+    token_scales: Load
+    row_codes: Load
+    row_scales: Load
+
+
+class Ring(NamedTuple):
+    """The mbarriers of the stages."""
+
+    full: cute.Pointer
+    empty: cute.Pointer
+
+
+class Addresses(NamedTuple):
+    """Where a lane finds its operands in stage 0."""
+
+    token_codes: Int32
+    row_codes: Int32
+    token_scales: Int32
+    row_scales: Int32
+
+
+class Fragments(NamedTuple):
+    """Registers of two k blocks; the last mode is the buffer."""
+
+    token_codes: cute.Tensor  # (4, token MMAs, 2)
+    row_codes: cute.Tensor  # (2, row MMAs, 2)
+    token_scales: cute.Tensor  # (bands, 2)
+    row_scales: cute.Tensor  # (bands, 2)
 
 
 def swizzle_kind(tile: LinearTile) -> warpgroup.SmemLayoutAtomKind:
@@ -68,6 +146,16 @@ def stage_layouts(tile: LinearTile) -> dict[str, cute.Layout | cute.ComposedLayo
     }
 
 
+def boxes(tile: LinearTile) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a TMA load brings of each operand."""
+    return {
+        "token_codes": (tile.tokens, tile.row_bytes),
+        "token_scales": (SCALE_LINE, tile.token_scale_rows, tile.k_blocks, 1),
+        "row_codes": (tile.panel_rows, tile.row_bytes),
+        "row_scales": (SCALE_LINE, BAND, tile.k_blocks, tile.row_scale_tiles // tile.panels),
+    }
+
+
 class Mainloop:
     """What a kernel of one tile needs to multiply; subclasses add which tiles, and what becomes of the sums."""
 
@@ -100,9 +188,11 @@ class Mainloop:
         if warp == t.warps:
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(t.stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
-                    cute.arch.mbarrier_init(empty + stage, t.warps)
+                    cute.arch.mbarrier_init(full + stage, 1)  # the producer's announcement of bytes
+                    cute.arch.mbarrier_init(empty + stage, t.warps)  # lane 0 of every warp that multiplies
+            # Releases the inits; who uses the barriers does so after the sync below.
             cute.arch.mbarrier_init_fence()
+        # No warp may wait for a barrier, or arrive at one, before it is initialized.
         cute.arch.sync_threads()
 
     def warp_place(self, warp: Int32) -> tuple[Int32, Int32]:
@@ -152,10 +242,10 @@ class Mainloop:
         inside = first_row % SCALE_TILE_ROWS + self.row_band(row_warp, 0) + scale_lane(BAND, lane)
         return smem_address(storage.row_scales.data_ptr()) + scale_offset(BAND, t.k_blocks, inside, block)
 
-    def make_fragments(self):
-        """Registers of two k blocks: token codes, row codes, token scales, row scales."""
+    def make_fragments(self) -> Fragments:
+        """Registers of two k blocks."""
         t = self.tile
-        return (
+        return Fragments(
             cute.make_rmem_tensor((4, t.warp_tokens // 16, 2), Uint32),
             cute.make_rmem_tensor((2, t.warp_rows // 8, 2), Uint32),
             cute.make_rmem_tensor((max(1, t.warp_tokens // BAND), 2), Uint32),
@@ -164,7 +254,7 @@ class Mainloop:
 
     def load_block(
         self,
-        fragments: tuple,
+        fragments: Fragments,
         buffer: int,
         block: int,
         stage: Int32,
@@ -197,7 +287,7 @@ class Mainloop:
             address = row_scales + stage * t.row_scale_bytes + line + panel * (t.row_scale_bytes // t.panels)
             load_scales(rSB, buffer, panel * bands, address, bands)
 
-    def multiply_block(self, acc: cute.Tensor, fragments: tuple, buffer: int):
+    def multiply_block(self, acc: cute.Tensor, fragments: Fragments, buffer: int):
         """acc[:, row MMA, token MMA] += the k block in registers `buffer`."""
         t = self.tile
         rA, rB, rSA, rSB = fragments
@@ -217,27 +307,79 @@ class Mainloop:
                 for v in range(4):
                     acc[v, row, token] = result[v]
 
+    def operands(self, **tensors: cute.Tensor) -> Operands:
+        """What TMA needs to load the stages from views of global memory, whose first modes are those of the boxes."""
+        layout, box = stage_layouts(self.tile), boxes(self.tile)
+        load = cpasync.CopyBulkTensorTileG2SOp()
+        return Operands(
+            **{
+                name: Operand(*cpasync.make_tiled_tma_atom(load, tensor, layout[name], box[name]))
+                for name, tensor in tensors.items()
+            }
+        )
+
+    def loads(self, operands: Operands, stages: Stages) -> Loads:
+        """The CTA's loads, by tiles of the modes of global memory; of scales, all but the first mode."""
+
+        def load_of(name: str) -> Load:
+            operand, box = getattr(operands, name), boxes(self.tile)[name]
+            whole = 0 if name.endswith("codes") else 1  # modes that one box has all of
+            at = (0,) * whole + (None,) * (cute.rank(operand.tensor) - whole)
+            tiles = cute.local_tile(operand.tensor, box, at)
+            return Load(operand.atom, *partition_loads(operand.atom, getattr(stages, name), tiles, len(box)))
+
+        return Loads(**{name: load_of(name) for name in Loads._fields})
+
+    @cute.jit
+    def load_first(self, loads: Loads, ring: Ring, early: Int32, place: tuple):
+        """Issue the weights of the first `early` stages.
+
+        No kernel on the stream writes them, so they need not wait for the previous one. No wait for `empty` either:
+        nothing has been loaded into the ring yet.
+        """
+        for stage in cutlass.range(early, unroll=1):
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(ring.full + stage, self.tile.stage_bytes)
+            self.load_rows(loads.row_codes, loads.row_scales, place, stage, ring.full + stage, stage)
+
+    @cute.jit
+    def load_tile(
+        self, loads: Loads, ring: Ring, count: Int32, early: Int32, stage: Int32, phase: Int32, place: tuple
+    ):
+        """Load the `count` stages of a tile, `early` of which have their weights -> (early, next stage, its phase)."""
+        full, empty = ring
+        for step in cutlass.range(count, unroll=1):
+            if early <= 0:
+                # Wait for a free stage: TMA must not overwrite what a warp still reads.
+                cute.arch.mbarrier_wait(empty + stage, phase)
+                # Announce its bytes and issue the weights' loads
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.tile.stage_bytes)
+                self.load_rows(loads.row_codes, loads.row_scales, place, step, full + stage, stage)
+            early -= 1
+            # Issue the tokens' loads
+            self.load_tokens(loads.token_codes, loads.token_scales, place, step, full + stage, stage)
+            stage, phase = advance(stage, phase, self.tile.stages)
+        return early, stage, phase
+
     @cute.jit
     def accumulate(
         self,
-        acc: cute.Tensor,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
         count: Int32,
         stage: Int32,
         phase: Int32,
         lane: Int32,
-        full: cute.Pointer,
-        empty: cute.Pointer,
-        token_codes: Int32,
-        row_codes: Int32,
-        token_scales: Int32,
-        row_scales: Int32,
+        ring: Ring,
+        addresses: Addresses,
     ):
         """acc = a warp's sums over `count` stages -> (next stage, its phase)."""
         t = self.tile
         blocks = cutlass.const_expr(t.warp_blocks)
         fragments = self.make_fragments()
-        addresses = (token_codes, row_codes, token_scales, row_scales)
+        full, empty = ring
         acc.fill(0.0)
+        # Wait for the loads of the first stage
         cute.arch.mbarrier_wait(full + stage, phase)
         self.load_block(fragments, 0, 0, stage, *addresses)
         for i in cutlass.range(count, unroll=1):
@@ -246,15 +388,16 @@ class Mainloop:
                 if cutlass.const_expr(not last):
                     self.load_block(fragments, (block + 1) % 2, block + 1, stage, *addresses)
                 else:
+                    # Give the stage back: its last operands are in registers. One lane arrives for all, after all of
+                    # them have loaded; else the producer could overwrite what a slower lane still has to load.
                     cute.arch.sync_warp()
                     if lane == 0:
                         cute.arch.mbarrier_arrive(empty + stage)
-                    stage += 1
-                    if stage == t.stages:
-                        stage = Int32(0)
-                        phase = phase ^ 1
+                    stage, phase = advance(stage, phase, t.stages)
                     if cutlass.const_expr(blocks == 1):
                         self.multiply_block(acc, fragments, 0)
+                    # Wait for the next stage, and load its first operands while the MMAs of this one run. After a
+                    # tile's last stage the next call does, so that the epilogue has the registers.
                     if i + 1 < count:
                         cute.arch.mbarrier_wait(full + stage, phase)
                         self.load_block(fragments, 0, 0, stage, *addresses)
@@ -263,7 +406,13 @@ class Mainloop:
         return stage, phase
 
     @cute.jit
-    def add_partials(self, acc: cute.Tensor, storage, warp: Int32, lane: Int32):
+    def add_partials(
+        self,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
+        storage,
+        warp: Int32,
+        lane: Int32,
+    ):
         """acc of the first of the k warps += the others', in ascending k order; the others' is lost."""
         t = self.tile
         group = cutlass.const_expr(t.token_warps * t.row_warps)
@@ -274,17 +423,19 @@ class Mainloop:
             for mma in cutlass.range_constexpr(mmas):
                 address = place + ((k_warp - 1) * mmas + mma) * (group * 32 * 16)
                 store_sums(address, [acc[mma * 4 + v] for v in range(4)])
-        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
+        # The other warps' sums are in shared memory. Not sync_threads: the producer does not come here.
+        cute.arch.barrier(barrier_id=Barrier.SUMS, number_of_threads=32 * t.warps)
         if k_warp == 0:
             for other in cutlass.range_constexpr(t.k_warps - 1):
                 for mma in cutlass.range_constexpr(mmas):
                     more = load_sums(place + (other * mmas + mma) * (group * 32 * 16))
                     for v in cutlass.range_constexpr(4):
                         acc[mma * 4 + v] = acc[mma * 4 + v] + more[v]
-        cute.arch.barrier(barrier_id=SUMS_BARRIER, number_of_threads=32 * t.warps)
+        # They have been read: the next tile's may overwrite them.
+        cute.arch.barrier(barrier_id=Barrier.SUMS, number_of_threads=32 * t.warps)
 
     def give_registers(self):
-        """The producer's warpgroup calls it where registers move."""
+        """The producer's warpgroup calls it where registers move: all four of its warps, as setmaxnreg demands."""
         if self.tile.moves_registers:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
 
@@ -293,10 +444,10 @@ class Mainloop:
         if self.tile.moves_registers:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
 
-    def prefetch(self, atoms: tuple):
+    def prefetch(self, operands: Operands):
         """Fetch the TMA descriptors."""
-        for atom in atoms:
-            cpasync.prefetch_descriptor(atom)
+        for operand in operands:
+            cpasync.prefetch_descriptor(operand.atom)
 
 
 def load_scales(registers: cute.Tensor, buffer: int, first: int, address: Int32, bands: int):

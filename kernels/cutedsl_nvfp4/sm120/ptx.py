@@ -1,4 +1,4 @@
-"""PTX of the sm_120 kernels that CuTe DSL does not expose, and exchanges between the four lanes of a row."""
+"""PTX of the sm_120 kernels that CuTe DSL does not expose."""
 
 from cutlass import Float32, Int32, Uint32
 from cutlass._mlir.dialects import llvm
