@@ -34,6 +34,7 @@ from cutlass import (
 )
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
+from ..blackwell.output import Output
 from ..blackwell.rounding import round_group, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
@@ -76,21 +77,6 @@ class Units(NamedTuple):
     number: Int32
     first: Int32
     step: Int32
-
-
-class Output(NamedTuple):
-    """What becomes of the sums."""
-
-    row_scale: cute.Tensor  # f32 [E, N]
-    act_scale: cute.Tensor  # f32 [1], [E] or [R]
-    by_slot: Int32  # 1 for an act_scale of every slot
-    by_expert: Int32  # 1 for an act_scale of every expert
-    pairs: cute.Tensor  # int32 [R]
-    out: cute.Tensor  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
-    out_scales: cute.Tensor  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
-    out_act_scale: cute.Tensor  # f32 [1] or [E]
-    out_by_expert: Int32  # 1 for an out_act_scale of every expert
-    limit: Float32  # SwiGLU's
 
 
 class ScaleCopy(NamedTuple):
