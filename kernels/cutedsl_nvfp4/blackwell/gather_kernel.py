@@ -14,6 +14,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 
 from ..device.ptx import load_coherent
 from ..format import AMAX_PER_GLOBAL_SCALE, GROUP_SIZE
+from .output import store_words
 from .rounding import largest, round_group, scale_offset
 from .variants import Scale
 
@@ -124,12 +125,7 @@ class Gather:
                     if cutlass.const_expr(self.scale is Scale.EXPERT):
                         low, high, bits = round_group(values, mScale[mTable[slot // tokens + 1, 0]])
                     if group < groups:
-                        piece = cute.make_rmem_tensor(2, Uint32)
-                        piece[0] = low
-                        piece[1] = high
-                        target = mCodes.iterator + (Int64(slot) * mCodes.shape[1] + group * 8)
-                        target = cute.recast_ptr(target.align(8), dtype=Uint32)
-                        cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(2)))
+                        store_words((low, high), mCodes, Int64(slot) * mCodes.shape[1], group * 8)
                     at = mScales.iterator + scale_offset(slot, group, tokens, mScales.shape[1])
                     cute.make_tensor(at, cute.make_layout(1))[0] = bits.to(cutlass.Uint8)
 

@@ -34,6 +34,7 @@ from cutlass import (
 )
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
+from ..blackwell.output import Output, store_words
 from ..blackwell.rounding import round_group, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
@@ -76,21 +77,6 @@ class Units(NamedTuple):
     number: Int32
     first: Int32
     step: Int32
-
-
-class Output(NamedTuple):
-    """What becomes of the sums."""
-
-    row_scale: cute.Tensor  # f32 [E, N]
-    act_scale: cute.Tensor  # f32 [1], [E] or [R]
-    by_slot: Int32  # 1 for an act_scale of every slot
-    by_expert: Int32  # 1 for an act_scale of every expert
-    pairs: cute.Tensor  # int32 [R]
-    out: cute.Tensor  # uint8 [R, I/2], bf16 [R, I] or bf16 [M * T, H]
-    out_scales: cute.Tensor  # uint8 [tiles * atoms, ceil(I/64), 32, 16]
-    out_act_scale: cute.Tensor  # f32 [1] or [E]
-    out_by_expert: Int32  # 1 for an out_act_scale of every expert
-    limit: Float32  # SwiGLU's
 
 
 class ScaleCopy(NamedTuple):
@@ -835,15 +821,10 @@ class ExpertsKernel:
             slot = inside // 16 + i * lines
             if slot < slots and n < mOut.shape[1]:
                 words = load_words(buffer + slot * PITCH + inside % 16 * 16, 4)
-                piece = cute.make_rmem_tensor(4, Uint32)
-                for w in cutlass.range_constexpr(4):
-                    piece[w] = words[w]
                 row = first_slot + slot
                 if cutlass.const_expr(sPairs is not None):
                     row = sPairs[row]
-                target = mOut.iterator + (Int64(row) * mOut.shape[1] + n)
-                target = cute.recast_ptr(target.align(16), dtype=Uint32)
-                cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+                store_words(words, mOut, Int64(row) * mOut.shape[1], n)
 
     @cute.jit
     def store_rounded(
@@ -880,12 +861,7 @@ class ExpertsKernel:
             n = column + part * GROUP_SIZE
             if slot < slots:
                 if n < mOut.shape[1] * 2:
-                    piece = cute.make_rmem_tensor(2, Uint32)
-                    piece[0] = low
-                    piece[1] = high
-                    target = mOut.iterator + (Int64(row) * mOut.shape[1] + n // 2)
-                    target = cute.recast_ptr(target.align(8), dtype=Uint32)
-                    cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(2)))
+                    store_words((low, high), mOut, Int64(row) * mOut.shape[1], n // 2)
                 if part % 4 == 0 and n // 64 < mOutScales.shape[1]:
                     target = mOutScales.iterator + scale_offset(
                         row, n // GROUP_SIZE, t.tokens, mOutScales.shape[1]

@@ -17,24 +17,50 @@ weight rows. Row tiles are the fast index: CTAs that run together share an exper
 tokens finds the weights in L2.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute.nvgpu import cpasync
 
+from ..blackwell.output import Output
 from ..blackwell.ptx import decode_e4m3, encode_e4m3
 from ..blackwell.rounding import divide, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
 from ..device.ptx import load_coherent, settle
-from ..device.ring import advance
-from ..device.views import partition_loads
 from ..format import E2M1_MAX
 from .lanes import bf16_piece, shuffle, transpose_bytes
 from .linear_kernel import SCALE_TILE_BYTES, store_piece
-from .mainloop import SCALE_LINE, Mainloop, empty_sums, layouts, stage_layouts
+from .mainloop import SCALE_LINE, Addresses, Load, Mainloop, Operands, Ring, Stages, empty_sums, layouts
 from .ptx import encode_pair
 from .tiles import BAND, SCALE_TILE_ROWS, LinearTile
+
+
+class Units(NamedTuple):
+    """The table's tiles times the tiles of weight rows: a CTA takes `first` and every `step`-th from there on."""
+
+    table: Int64  # address of int32 [1 + tiles, 4]
+    row_tiles: Int32
+    first: Int32
+    step: Int32
+
+
+class Place(NamedTuple):
+    """A unit; its row tile is unit % row_tiles, for which w13's tile of 16 tokens has no register in the loop."""
+
+    tile: Int32  # of the table
+    expert: Int32
+    unit: Int32
+    row_tiles: Int32
+
+
+class Slots(NamedTuple):
+    """The slots from a warp's first on: it may have fewer, or none."""
+
+    expert: Int32
+    first: Int32
+    count: Int32
 
 
 class ExpertsKernel(Mainloop):
@@ -69,23 +95,11 @@ class ExpertsKernel(Mainloop):
         stream,
     ):
         t = self.tile
-        boxes = stage_layouts(t)
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        x_atom, tX = cpasync.make_tiled_tma_atom(load, mX, boxes["token_codes"], (t.tokens, t.row_bytes))
-        code_atom, tCodes = cpasync.make_tiled_tma_atom(
-            load, panel_rows(mCodes, t.panels), boxes["row_codes"], (t.panel_rows, t.row_bytes)
-        )
-        x_scale_atom, tXScales = cpasync.make_tiled_tma_atom(
-            load,
-            tiles_view(mXScales),
-            boxes["token_scales"],
-            (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1),
-        )
-        scale_atom, tScales = cpasync.make_tiled_tma_atom(
-            load,
-            panel_tiles(mScales, t.panels),
-            boxes["row_scales"],
-            (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles // t.panels),
+        operands = self.operands(
+            token_codes=mX,
+            row_codes=panel_rows(mCodes, t.panels),
+            token_scales=tiles_view(mXScales),
+            row_scales=panel_tiles(mScales, t.panels),
         )
         self.shared = self.shared_storage()
         rows = mCodes.shape[1] // t.panels
@@ -93,14 +107,7 @@ class ExpertsKernel(Mainloop):
             rows = mOutScales.shape[1] * 64  # up to the end of the last scale word: the rest is zero
         row_tiles = cute.ceil_div(rows, t.panel_rows)
         self.kernel(
-            x_atom,
-            tX,
-            x_scale_atom,
-            tXScales,
-            code_atom,
-            tCodes,
-            scale_atom,
-            tScales,
+            operands,
             mRowScale,
             mActScale,
             mTable,
@@ -125,14 +132,7 @@ class ExpertsKernel(Mainloop):
     @cute.kernel
     def kernel(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,  # uint8 (R, K' / 2), coordinates for TMA
-        x_scale_atom: cute.CopyAtom,
-        tXScales: cute.Tensor,  # uint8 (16, 32, KB, tiles)
-        code_atom: cute.CopyAtom,
-        tCodes: cute.Tensor,  # uint8 (rows of a panel, K' / 2, E * panels)
-        scale_atom: cute.CopyAtom,
-        tScales: cute.Tensor,  # uint8 (16, 32, KB, scale tiles of a panel, E * panels)
+        operands: Operands,  # uint8 (rows, K' / 2, E * panels), scales (16, 32, KB, scale tiles, E * panels)
         mRowScale: cute.Tensor,  # f32 [E, N]
         mActScale: cute.Tensor,  # f32 [1], [E] or [R]
         mTable: cute.Tensor,  # int32 [1 + tiles, 4]
@@ -155,157 +155,151 @@ class ExpertsKernel(Mainloop):
         bid, _, _ = cute.arch.block_idx()
         ctas, _, _ = cute.arch.grid_dim()
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
-        full, empty = storage.full.data_ptr(), storage.empty.data_ptr()
+        ring = Ring(storage.full.data_ptr(), storage.empty.data_ptr())
         if warp == t.warps:
-            self.prefetch((x_atom, x_scale_atom, code_atom, scale_atom))
+            self.prefetch(operands)
         self.init_barriers(storage, warp)
         # The table is the routing's, which had finished before the kernel before this one could let it start.
-        table = mTable.iterator.toint()
-
+        units = Units(mTable.iterator.toint(), row_tiles, bid, ctas)
         if warp >= t.warps:
             self.give_registers()
             if warp == t.warps:
-                shared = layouts(t)
-                sX = storage.token_codes.get_tensor(
-                    shared["token_codes"].outer, swizzle=shared["token_codes"].inner
+                # Not in a method: only so are the addresses computed in this branch, not before it.
+                layout = layouts(t)
+                stages = Stages(
+                    storage.token_codes.get_tensor(
+                        layout["token_codes"].outer, swizzle=layout["token_codes"].inner
+                    ),
+                    storage.token_scales.get_tensor(layout["token_scales"]),
+                    storage.row_codes.get_tensor(
+                        layout["row_codes"].outer, swizzle=layout["row_codes"].inner
+                    ),
+                    storage.row_scales.get_tensor(layout["row_scales"]),
                 )
-                sCodes = storage.row_codes.get_tensor(
-                    shared["row_codes"].outer, swizzle=shared["row_codes"].inner
-                )
-                sXScales = storage.token_scales.get_tensor(shared["token_scales"])
-                sScales = storage.row_scales.get_tensor(shared["row_scales"])
-                gX = cute.local_tile(tX, (t.tokens, t.row_bytes), (None, None))
-                gCodes = cute.local_tile(tCodes, (t.panel_rows, t.row_bytes), (None, None, None))
-                gXScales = cute.local_tile(
-                    tXScales, (SCALE_LINE, t.token_scale_rows, t.k_blocks, 1), (0, 0, None, None)
-                )
-                gScales = cute.local_tile(
-                    tScales,
-                    (SCALE_LINE, BAND, t.k_blocks, t.row_scale_tiles // t.panels),
-                    (0, 0, None, None, None),
-                )
-                tXs, tXg = partition_loads(x_atom, sX, gX, 2)
-                tCs, tCg = partition_loads(code_atom, sCodes, gCodes, 2)
-                tXSs, tXSg = partition_loads(x_scale_atom, sXScales, gXScales, 4)
-                tSs, tSg = partition_loads(scale_atom, sScales, gScales, 4)
-
-                tiles, _, _, _ = load_coherent(table)
-                units = cute.arch.make_warp_uniform(tiles * row_tiles)
-                # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous
-                # one. No wait for `empty` either: nothing has been loaded into the ring yet.
-                early = Int32(0)
-                if bid < units:
-                    early = cutlass.min(count, t.stages)
-                    expert, _, _, _ = load_coherent(table + Int64(bid // row_tiles + 1) * 16)
-                    for stage in cutlass.range(early, unroll=1):
-                        with cute.arch.elect_one():
-                            cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                        self.load_rows(
-                            code_atom, tCg, tCs, scale_atom, tSg, tSs,
-                            bid % row_tiles, expert, stage, full + stage, stage,
-                        )  # fmt: skip
-                # The previous kernel wrote the tokens: its writes are visible after the wait.
-                cute.arch.griddepcontrol_wait()
-                stage = Int32(0)
-                phase = Int32(1)  # a wait with parity 1 passes on a fresh barrier: the stage is free
-                for unit in cutlass.range(bid, units, ctas, unroll=1):
-                    tile = unit // row_tiles
-                    expert, _, _, _ = load_coherent(table + Int64(tile + 1) * 16)
-                    for step in cutlass.range(count, unroll=1):
-                        if early <= 0:
-                            # Wait for a free stage: TMA must not overwrite what a warp still reads.
-                            cute.arch.mbarrier_wait(empty + stage, phase)
-                            # Announce its bytes and issue the weights' loads
-                            with cute.arch.elect_one():
-                                cute.arch.mbarrier_arrive_and_expect_tx(full + stage, t.stage_bytes)
-                            self.load_rows(
-                                code_atom, tCg, tCs, scale_atom, tSg, tSs,
-                                unit % row_tiles, expert, step, full + stage, stage,
-                            )  # fmt: skip
-                        early -= 1
-                        # Issue the tokens' loads
-                        barrier = full + stage
-                        cute.copy(x_atom, tXg[None, tile, step], tXs[None, stage], tma_bar_ptr=barrier)
-                        cute.copy(
-                            x_scale_atom, tXSg[None, step, tile], tXSs[None, stage], tma_bar_ptr=barrier
-                        )
-                        stage, phase = advance(stage, phase, t.stages)
+                self.load(operands, stages, ring, units, count)
         else:
             self.take_registers()
-            token_codes, row_codes = self.operand_addresses(storage, warp, lane)
-            acc = empty_sums(t)
-            stage = Int32(0)
-            phase = Int32(0)
-            tiles, _, _, _ = load_coherent(table)
-            units = cute.arch.make_warp_uniform(tiles * row_tiles)
-            for unit in cutlass.range(bid, units, ctas, unroll=1):
-                first_row = unit % row_tiles * t.panel_rows
-                stage, phase = self.accumulate(
-                    acc,
-                    count,
-                    stage,
-                    phase,
-                    lane,
-                    full,
-                    empty,
-                    token_codes,
-                    row_codes,
-                    self.token_scale_address(storage, warp, lane, Int32(0)),
-                    self.row_scale_address(storage, warp, lane, first_row),
-                )
-                # Sum over the warps that share the tokens and rows; the first of them has the result.
-                if cutlass.const_expr(t.k_warps > 1):
-                    self.add_partials(acc, storage, warp, lane)
-                if warp < t.token_warps * t.row_warps:
-                    # The slots' scales may be the previous kernel's result, and out what it still reads.
-                    cute.arch.griddepcontrol_wait()
-                    # Computed again, so that it takes no registers in the main loop
-                    token_warp, row_warp = self.warp_place(Int32(settle(Uint32(warp))))
-                    first_token = token_warp * t.warp_tokens
-                    entry = load_coherent(table + Int64(unit // row_tiles + 1) * 16)
-                    place = (entry[0], entry[1] + first_token, entry[2] - first_token)
-                    row = first_row + self.row_band(row_warp, 0)
-                    scales = (mRowScale, mActScale, by_slot, by_expert)
-                    if cutlass.const_expr(self.activated):
-                        self.store_activated(
-                            acc,
-                            place,
-                            row,
-                            lane,
-                            scales,
-                            mOut,
-                            mOutScales,
-                            mOutActScale,
-                            out_by_expert,
-                            limit,
-                        )
-                    else:
-                        self.store_rows(acc, place, row, lane, scales, mPairs, mOut)
+            output = Output(
+                mRowScale,
+                mActScale,
+                by_slot,
+                by_expert,
+                mPairs,
+                mOut,
+                mOutScales,
+                mOutActScale,
+                out_by_expert,
+                limit,
+            )
+            self.multiply(storage, ring, units, count, warp, lane, output)
+
+    @cute.jit
+    def load(self, operands: Operands, stages: Stages, ring: Ring, units: Units, count: Int32):
+        """The producer warp's part: the loads of every unit."""
+        loads = self.loads(operands, stages)
+        tiles, _, _, _ = load_coherent(units.table)
+        number = cute.arch.make_warp_uniform(tiles * units.row_tiles)
+        early = Int32(0)
+        if units.first < number:
+            early = cutlass.min(count, self.tile.stages)
+            self.load_first(loads, ring, early, self.place(units.first, units))
+        # The previous kernel wrote the tokens: its writes are visible after the wait.
+        cute.arch.griddepcontrol_wait()
+        stage = Int32(0)
+        phase = Int32(1)  # a wait with parity 1 passes on a fresh barrier: the stage is free
+        for unit in cutlass.range(units.first, number, units.step, unroll=1):
+            place = self.place(unit, units)
+            early, stage, phase = self.load_tile(loads, ring, count, early, stage, phase, place)
+
+    @cute.jit
+    def multiply(
+        self,
+        storage,
+        ring: Ring,
+        units: Units,
+        count: Int32,
+        warp: Int32,
+        lane: Int32,
+        output: Output,
+    ):
+        """A multiplying warp's part: the sums of every unit, and what becomes of them."""
+        t = self.tile
+        codes = self.operand_addresses(storage, warp, lane)
+        acc = empty_sums(t)
+        stage = Int32(0)
+        phase = Int32(0)
+        tiles, _, _, _ = load_coherent(units.table)
+        number = cute.arch.make_warp_uniform(tiles * units.row_tiles)
+        for unit in cutlass.range(units.first, number, units.step, unroll=1):
+            first_row = unit % units.row_tiles * t.panel_rows
+            addresses = Addresses(
+                *codes,
+                self.token_scale_address(storage, warp, lane, Int32(0)),
+                self.row_scale_address(storage, warp, lane, first_row),
+            )
+            stage, phase = self.accumulate(acc, count, stage, phase, lane, ring, addresses)
+            # Sum over the warps that share the tokens and rows; the first of them has the result.
+            if cutlass.const_expr(t.k_warps > 1):
+                self.add_partials(acc, storage, warp, lane)
+            if warp < t.token_warps * t.row_warps:
+                # The slots' scales may be the previous kernel's result, and out what it still reads.
+                cute.arch.griddepcontrol_wait()
+                # Computed again, so that it takes no registers in the main loop
+                token_warp, row_warp = self.warp_place(Int32(settle(Uint32(warp))))
+                first_token = token_warp * t.warp_tokens
+                entry = load_coherent(units.table + Int64(unit // units.row_tiles + 1) * 16)
+                slots = Slots(entry[0], entry[1] + first_token, entry[2] - first_token)
+                row = first_row + self.row_band(row_warp, 0)
+                if cutlass.const_expr(self.activated):
+                    self.store_activated(acc, slots, row, lane, output)
+                else:
+                    self.store_rows(acc, slots, row, lane, output)
+
+    @cute.jit
+    def place(self, unit: Int32, units: Units) -> Place:
+        """Unit -> where its operands lie."""
+        tile = unit // units.row_tiles
+        expert, _, _, _ = load_coherent(units.table + Int64(tile + 1) * 16)
+        return Place(tile, expert, unit, units.row_tiles)
 
     @cute.jit
     def load_rows(
         self,
-        code_atom: cute.CopyAtom,
-        tCg: cute.Tensor,  # uint8 (box, row tiles, k tiles, E * panels)
-        tCs: cute.Tensor,  # uint8 (box, stages * panels), in shared memory
-        scale_atom: cute.CopyAtom,
-        tSg: cute.Tensor,  # uint8 (box, k tiles, scale tiles, E * panels)
-        tSs: cute.Tensor,  # uint8 (box, stages * panels)
-        row_tile: Int32,
-        expert: Int32,
+        codes: Load,  # tiles (box, row tiles, k tiles, E * panels)
+        scales: Load,  # tiles (box, 1, k tiles, scale tiles, E * panels)
+        place: Place,
         step: Int32,
         barrier: cute.Pointer,
         stage: Int32,
     ):
         """Weight codes and scales of one stage."""
         t = self.tile
+        row_tile = place.unit % place.row_tiles
         scale_tile = row_tile
         if cutlass.const_expr(t.panel_rows < SCALE_TILE_ROWS):
             scale_tile = row_tile * t.panel_rows // SCALE_TILE_ROWS
         for panel in cutlass.range_constexpr(t.panels):
-            matrix, part = expert * t.panels + panel, stage * t.panels + panel
-            cute.copy(code_atom, tCg[None, row_tile, step, matrix], tCs[None, part], tma_bar_ptr=barrier)
-            cute.copy(scale_atom, tSg[None, step, scale_tile, matrix], tSs[None, part], tma_bar_ptr=barrier)
+            matrix, part = place.expert * t.panels + panel, stage * t.panels + panel
+            tiles = codes.tiles[None, row_tile, step, matrix]
+            cute.copy(codes.atom, tiles, codes.shared[None, part], tma_bar_ptr=barrier)
+            tiles = scales.tiles[None, 0, step, scale_tile, matrix]
+            cute.copy(scales.atom, tiles, scales.shared[None, part], tma_bar_ptr=barrier)
+
+    @cute.jit
+    def load_tokens(
+        self,
+        codes: Load,  # tiles (box, tiles of the table, k tiles)
+        scales: Load,  # tiles (box, 1, k tiles, tiles of the table)
+        place: Place,
+        step: Int32,
+        barrier: cute.Pointer,
+        stage: Int32,
+    ):
+        """Token codes and scales of one stage."""
+        tiles = codes.tiles[None, place.tile, step]
+        cute.copy(codes.atom, tiles, codes.shared[None, stage], tma_bar_ptr=barrier)
+        tiles = scales.tiles[None, 0, step, place.tile]
+        cute.copy(scales.atom, tiles, scales.shared[None, stage], tma_bar_ptr=barrier)
 
     @cute.jit
     def row_scales(
@@ -331,29 +325,30 @@ class ExpertsKernel(Mainloop):
         return factors
 
     @cute.jit
+    def act_scale(self, slots: Slots, slot: Int32, output: Output) -> Float32:
+        """act_scale of a slot, counted from the warp's first."""
+        return output.act_scale[output.by_slot * (slots.first + slot) + output.by_expert * slots.expert]
+
+    @cute.jit
     def store_rows(
         self,
         acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
-        place: tuple,
+        slots: Slots,
         first_row: Int32,
         lane: Int32,
-        scales: tuple,
-        mPairs: cute.Tensor,  # int32 [R]
-        mOut: cute.Tensor,  # bf16 [M * T, H]
+        output: Output,
     ):
         """w2: a warp's sums, scaled, to the rows of their pairs."""
         t = self.tile
-        expert, first_slot, slots = place
-        mRowScale, mActScale, by_slot, by_expert = scales
-        factors = self.row_scales(mRowScale, expert, first_row, lane)
+        factors = self.row_scales(output.row_scale, slots.expert, first_row, lane)
         for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 slot = token * 16 + h * 8 + lane // 4
                 pair = Int32(0)
                 act_scale = Float32(0.0)
-                if slot < slots:
-                    pair = mPairs[first_slot + slot]
-                    act_scale = mActScale[by_slot * (first_slot + slot) + by_expert * expert]
+                if slot < slots.count:
+                    pair = output.pairs[slots.first + slot]
+                    act_scale = self.act_scale(slots, slot, output)
                 for band in cutlass.range_constexpr(t.warp_rows // BAND):
                     values = tuple(
                         acc[2 * h + v % 2, band * 4 + v // 2, token]
@@ -362,55 +357,48 @@ class ExpertsKernel(Mainloop):
                         for v in range(8)
                     )
                     words, column = bf16_piece(values, lane)
-                    store_slot(words, slot < slots, pair, first_row + band * BAND + column, mOut)
+                    store_slot(words, slot < slots.count, pair, first_row + band * BAND + column, output.out)
 
     @cute.jit
     def store_activated(
         self,
         acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs): the gate's, then the up's
-        place: tuple,
+        slots: Slots,
         first_row: Int32,
         lane: Int32,
-        scales: tuple,
-        mOut: cute.Tensor,  # uint8 [R, I / 2] or bf16 [R, I]
-        mOutScales: cute.Tensor,  # uint8 [tiles, ceil(I / 64), 32, 16]
-        mOutActScale: cute.Tensor,  # f32 [1] or [E]
-        out_by_expert: Int32,
-        limit: Float32,
+        output: Output,
     ):
         """w13: SwiGLU of a warp's 32 gate and 32 up rows, to the slots' h."""
         t = self.tile
-        expert, first_slot, slots = place
-        mRowScale, mActScale, by_slot, by_expert = scales
-        factors = self.row_scales(mRowScale, expert, first_row, lane)
+        factors = self.row_scales(output.row_scale, slots.expert, first_row, lane)
         out_scale = Float32(1.0)
         if cutlass.const_expr(self.result is Result.NVFP4):
-            out_scale = mOutActScale[out_by_expert * expert]
+            out_scale = output.out_act_scale[output.out_by_expert * slots.expert]
         for token in cutlass.range_constexpr(t.warp_tokens // 16):
             for h in cutlass.range_constexpr(2):
                 slot = token * 16 + h * 8 + lane // 4
                 act_scale = Float32(0.0)
-                if slot < slots:
-                    act_scale = mActScale[by_slot * (first_slot + slot) + by_expert * expert]
+                if slot < slots.count:
+                    act_scale = self.act_scale(slots, slot, output)
                 values = []
                 for v in cutlass.range_constexpr(8):  # of rows 8 * (v // 2) + 2 * (lane % 4) + v % 2
                     gate = acc[2 * h + v % 2, v // 2, token] * factors[v % 2, v // 2] * act_scale
                     up = acc[2 * h + v % 2, 4 + v // 2, token] * factors[v % 2, 4 + v // 2] * act_scale
-                    values.append(swiglu(gate, up, limit))
+                    values.append(swiglu(gate, up, output.limit))
                 if cutlass.const_expr(self.result is Result.NVFP4):
                     self.store_rounded(
                         tuple(values),
-                        first_slot + slot,
-                        slot < slots,
+                        slots.first + slot,
+                        slot < slots.count,
                         first_row,
                         lane,
                         out_scale,
-                        mOut,
-                        mOutScales,
+                        output.out,
+                        output.out_scales,
                     )
                 else:
                     words, column = bf16_piece(tuple(values), lane)
-                    store_slot(words, slot < slots, first_slot + slot, first_row + column, mOut)
+                    store_slot(words, slot < slots.count, slots.first + slot, first_row + column, output.out)
 
     @cute.jit
     def store_rounded(

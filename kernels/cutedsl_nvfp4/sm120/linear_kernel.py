@@ -28,6 +28,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
+from ..blackwell.output import store_words
 from ..device.ptx import settle
 from .lanes import bf16_piece, f32_pieces
 from .mainloop import SCALE_LINE, Addresses, Load, Mainloop, Operands, Ring, Stages, empty_sums, layouts
@@ -396,8 +397,4 @@ def store_piece(
 ):
     """16 bytes to out, where they lie within it."""
     if m < mOut.shape[0] and row < rows:
-        piece = cute.make_rmem_tensor(4, Uint32)
-        for i in cutlass.range_constexpr(4):
-            piece[i] = words[i]
-        target = cute.recast_ptr((mOut.iterator + (base + row)).align(16), dtype=Uint32)
-        cute.autovec_copy(piece, cute.make_tensor(target, cute.make_layout(4)))
+        store_words(words, mOut, base, row)

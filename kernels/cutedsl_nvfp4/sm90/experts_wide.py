@@ -221,6 +221,7 @@ class WideExpertsKernel(WideLinearKernel):
             with cute.arch.elect_one():
                 # Arrivals at `full`: one with the weights' bytes, 128 threads' copies
                 init_ring(pipeline.full, pipeline.empty, self.tile.stages, 1 + 128, consumer_warps)
+            # Publish the initial values: TMA arrives on these barriers, too.
             cute.arch.mbarrier_init_fence()
         # Wait for the routing before w2 may start: w2 reads the table and has no wait of its own for the routing.
         if cutlass.const_expr(self.activated):
