@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,10 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from devtools.kernels.sass.machine_code import disassemble, resources
 
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 # where a checkout keeps `kernels(arch)`, the list of what is shipped
@@ -58,18 +61,11 @@ def compiler(tree: Path) -> ModuleType:
 
 def digest_one(tree: Path, name: str, arch: str, folder: Path) -> tuple[str, dict]:
     """Compile kernel `name`, keep its text in `folder` -> (name, {sha256, instructions, registers, stack})."""
-    tools = next(Path(p) for p in sys.path if (Path(p) / "nvidia").is_dir())
-    programs = {p.name: str(p) for p in tools.glob("nvidia/**/bin/*") if p.name in ("nvdisasm", "cuobjdump")}
     with tempfile.TemporaryDirectory() as scratch:
         compiler(tree).kernels(arch)[name][0](options=f"--keep-cubin --dump-dir {scratch}")
         (cubin,) = Path(scratch).glob("*.cubin")
-
-        def run(program: str, *flags: str) -> str:
-            command = [programs.get(program, program), *flags, str(cubin)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        text = instructions(run("nvdisasm", "-c"))
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", run("cuobjdump", "-res-usage")).groups()
+        text = instructions(disassemble(cubin))
+        registers, stack = resources(cubin)
     if not text.strip():
         raise ValueError(f"{name}: no instruction found in what nvdisasm printed")
     with open(folder / f"{name}.sass.gz", "wb") as file:
@@ -77,8 +73,8 @@ def digest_one(tree: Path, name: str, arch: str, folder: Path) -> tuple[str, dic
     return name, {
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "instructions": text.count(";\n"),
-        "registers": int(registers),
-        "stack": int(stack),
+        "registers": registers,
+        "stack": stack,
     }
 
 
