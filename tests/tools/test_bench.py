@@ -11,9 +11,14 @@ import zipfile
 import pytest
 import torch
 
-from bench import choice, report
+from bench import choice, report, warm
 from bench.experts.choose import parse_tiles
 from bench.experts.measure import best_tiles
+from bench.linear.choose import read
+from bench.linear.peers import CublasBf16, clone
+from bench.linear.tune import exact_product, random_weights, relative_error
+from bench.shapes import EXPERT_CASES, Shape, model_shapes, selected_shapes
+from cutedsl_nvfp4.reference import dequantize
 from cutedsl_nvfp4.sm90 import tiles
 from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile
 from tests.support.paths import ROOT
@@ -105,8 +110,6 @@ def test_a_later_file_replaces_a_problem_whole(tmp_path):
         )
         path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
         return str(path)
-
-    from bench.linear.choose import read
 
     old = rows(
         "old.jsonl.gz",
@@ -237,8 +240,6 @@ def test_bars_take_a_problem_whole_from_the_newest_run():
 
 
 def test_a_clone_copies_tensors_and_shares_the_rest():
-    from bench.linear.peers import clone
-
     config = object()
     prepared = (config, {"weight": torch.arange(6).view(2, 3).t(), "bias": None}, 1 / 2688)
     shared, tensors, scale = clone(prepared)
@@ -251,10 +252,6 @@ def test_a_clone_copies_tensors_and_shares_the_rest():
 
 
 def test_the_check_of_a_result_sees_one_wrong_group():
-    from bench.linear.tune import exact_product, random_weights, relative_error
-    from bench.shapes import Shape
-    from cutedsl_nvfp4.reference import dequantize
-
     shape = Shape("grouped", 128, 64, groups=2)
     codes, scales = random_weights(shape, "cpu")
     row_scale = torch.rand(shape.n) + 0.5
@@ -271,8 +268,6 @@ def test_the_check_of_a_result_sees_one_wrong_group():
 
 
 def test_shapes_are_selected_by_slice_or_name():
-    from bench.shapes import model_shapes, selected_shapes
-
     assert selected_shapes(":") == model_shapes() and selected_shapes("2:4") == model_shapes()[2:4]
     assert [s.name for s in selected_shapes("pro.wo_b/8,flash.wq_b/1")] == ["pro.wo_b/8", "flash.wq_b/1"]
     with pytest.raises(KeyError, match="nonesuch"):
@@ -280,12 +275,9 @@ def test_shapes_are_selected_by_slice_or_name():
 
 
 def test_warming_takes_every_problem_of_the_peers_that_compile():
-    from bench.shapes import EXPERT_CASES, model_shapes
-    from bench.warm import tasks
-
     found = [
         (p.name, peer.name)
-        for p, peer, _ in tasks(model_shapes(), [1, 16], EXPERT_CASES, ["quack", "humming", "marlin"])
+        for p, peer, _ in warm.tasks(model_shapes(), [1, 16], EXPERT_CASES, ["quack", "humming", "marlin"])
     ]
     plain = [s.name for s in model_shapes() if s.groups == 1]
     assert sorted(found) == sorted(
@@ -295,10 +287,6 @@ def test_warming_takes_every_problem_of_the_peers_that_compile():
 
 
 def test_warming_names_a_failure_and_goes_on(monkeypatch):
-    from bench import warm
-    from bench.linear.peers import CublasBf16
-    from bench.shapes import model_shapes
-
     def broken(shape, peer, tokens) -> None:
         raise RuntimeError(f"no kernel for {shape.name}")
 
