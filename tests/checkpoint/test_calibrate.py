@@ -12,10 +12,10 @@ from cutedsl_nvfp4.checkpoint import calibrate
 from cutedsl_nvfp4.checkpoint.folder import INDEX, Folder, read_checkpoint
 from cutedsl_nvfp4.checkpoint.headers import CheckpointError
 from recipe import texts
-from tests.serving.test_demo import LOGPROB_CHECKS, OURS_CHECKS, red
 from tests.support.checkpoints import dialects as checkpoints
+from tests.support.checkpoints import small
 from tests.support.paths import DEMO, ROOT
-from tests.support.servers.vllm import Server, environment
+from tests.support.servers.vllm import LOGPROB_CHECKS, OURS_CHECKS, Server, environment, red
 
 NAME = "layers.0.ffn.experts"
 
@@ -63,7 +63,7 @@ def test_scales_of_the_export_are_not_replaced():
 
 def test_other_dialects_are_refused(tmp_path):
     tensors, config = checkpoints.transformers_names(*checkpoints.demo())
-    checkpoints.write(tmp_path / "hf", tensors, config)
+    small.write(tmp_path / "hf", tensors, config)
     with pytest.raises(CheckpointError, match="convert it first"):
         calibrate.linears_to_calibrate(read_checkpoint(Folder(tmp_path / "hf")))
 

@@ -31,7 +31,6 @@ from cutedsl_nvfp4.checkpoint.headers import CheckpointError
 from cutedsl_nvfp4.checkpoint.names import KINDS
 from cutedsl_nvfp4.checkpoint.written_config import modelopt_config
 from recipe import export
-from tests.serving import test_dialects
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
 from tests.support.paths import ROOT
@@ -583,9 +582,7 @@ def test_fp8_whose_scales_are_no_powers_of_two_is_not_kept(dtype, stored, layer_
 # --- config.json ---
 
 
-@pytest.mark.parametrize(
-    "change, words", test_dialects.test_what_cannot_be_repaired_is_refused.pytestmark[0].args[1]
-)
+@pytest.mark.parametrize("change, words", checkpoints.BEYOND_REPAIR)
 def test_config_the_server_refuses_is_refused_before_any_work(change, words, layer_one, tmp_path):
     contents = json.loads(json.dumps(checkpoints.transformers_names(*checkpoints.demo())[1]))
     change(contents)

@@ -15,7 +15,6 @@ from cutedsl_nvfp4.checkpoint.folder import Folder, read_checkpoint, read_index
 from cutedsl_nvfp4.checkpoint.headers import CheckpointError, read_header
 from cutedsl_nvfp4.checkpoint.inspect import inspect, main
 from cutedsl_nvfp4.checkpoint.written_config import native_config
-from tests.serving import test_dialects
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
 from tests.support.paths import DEMO
@@ -218,9 +217,7 @@ def test_config_that_cannot_be_completed_is_a_problem(tmp_path, demo_tensors):
     assert "lacks compress_ratios, and nothing in it tells" in found and "original model" in found
 
 
-@pytest.mark.parametrize(
-    "change, words", test_dialects.test_what_cannot_be_repaired_is_refused.pytestmark[0].args[1]
-)
+@pytest.mark.parametrize("change, words", checkpoints.BEYOND_REPAIR)
 def test_config_the_server_refuses_is_refused(change, words):
     contents = json.loads(json.dumps(checkpoints.transformers_names(*checkpoints.demo())[1]))
     change(contents)

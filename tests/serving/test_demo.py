@@ -8,17 +8,9 @@ import torch
 
 from tests.support.faults.checkpoint import FAULTS, plant
 from tests.support.paths import DEMO
-from tests.support.servers.vllm import Server, ServerDied
+from tests.support.servers.vllm import LOGPROB_CHECKS, OURS_CHECKS, TEXT_CHECKS, Server, ServerDied, red
 
 pytestmark = pytest.mark.serving
-
-TEXT_CHECKS = ("--only", "demo_text", "--only", "garbage")
-LOGPROB_CHECKS = ("--only", "demo_logprobs")
-OURS_CHECKS = ("--only", "kernels", "--require-ours")
-
-
-def red(report: dict) -> list[str]:
-    return [check["name"] for check in report["checks"] if check["verdict"] == "red"]
 
 
 @pytest.fixture(scope="class")

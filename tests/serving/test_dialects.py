@@ -27,6 +27,7 @@ from recipe import names as recipe_names
 from recipe.expected import token_logprobs
 from recipe.model import empty_model
 from tests.support.checkpoints import dialects as checkpoints
+from tests.support.checkpoints import small
 from tests.support.paths import DEMO
 from tests.support.processor import has_block_fp8, need
 from tests.support.servers.vllm import Server, ServerDied
@@ -116,32 +117,7 @@ def test_every_repair_is_logged_once(tmp_path, caplog, monkeypatch):
         assert sum(line.startswith(f"config.json: {field}") for line in lines) == 1, field
 
 
-def _without(field: str):
-    return lambda config: config.pop(field)
-
-
-def _with(**fields):
-    return lambda config: config.update(fields)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (_without("layer_types"), "lacks compress_ratios"),
-        (_without("compress_rates"), r"compress_rates says nothing about \['compressed_sparse_attention'"),
-        (_with(layer_types=["sliding_attention", "full_attention", "sliding_attention"]), "unknown kinds"),
-        (_with(compress_ratios=[0, 4, 4]), r"compress_ratios is \[0, 4, 4\], but layer_types .* gives \[0, 4, 128\]"),
-        (_with(num_hidden_layers=4), "3 compress_ratios for 4 layers"),
-        (_without("mlp_layer_types"), "lacks num_hash_layers"),
-        (_with(mlp_layer_types=["moe", "hash_moe", "moe"]), "must be hash_moe layers followed by moe layers"),
-        (_without("rope_parameters"), "lacks rope_theta, compress_rope_theta, rope_scaling"),
-        (lambda config: config["rope_parameters"].pop("compress"), "must hold both main and compress"),
-        (lambda config: config["rope_parameters"]["compress"].update(attention_factor=1.27), "factor is 1.27"),
-        (_with(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling is .* but rope_parameters.compress gives"),
-        (_with(rope_theta=5000.0), "rope_theta is 5000.0, but rope_parameters.main gives 10000.0"),
-        (_with(qk_rope_head_dim=32), "qk_rope_head_dim is 32, but .* gives 64"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("change, words", checkpoints.BEYOND_REPAIR)
 def test_what_cannot_be_repaired_is_refused(change, words):
     _, config = made(checkpoints.transformers_names)
     config = json.loads(json.dumps(config))
@@ -371,7 +347,7 @@ def test_coverage(dialect, tmp_path, one_rank):
     """The whole checkpoint passes; without one tensor of each kind, or with a stray one, it is refused by name."""
     need(has_block_fp8() or not dialect.endswith("fp8"))
     tensors, config = made(*DIALECTS[dialect])
-    model = built(checkpoints.write(tmp_path / "checkpoint", tensors, config))
+    model = built(small.write(tmp_path / "checkpoint", tensors, config))
     file = tmp_path / "checkpoint" / "model.safetensors"
     check_weight_coverage(model, [file])
 
@@ -396,11 +372,11 @@ def test_coverage(dialect, tmp_path, one_rank):
 def test_wrong_ignore_lists_are_refused_with_the_remedy(tmp_path, one_rank):
     plain, config = made(checkpoints.o_a_in_bf16, checkpoints.transformers_names)
     quantized, all_quantized = made(checkpoints.transformers_names)
-    unlisted = checkpoints.write(tmp_path / "unlisted", plain, all_quantized)
+    unlisted = small.write(tmp_path / "unlisted", plain, all_quantized)
     with pytest.raises(ValueError, match=r"add to quantization_config\.ignore what is stored unquantized: "
                                          r"model\.layers\.0\.self_attn\.o_a_proj"):  # fmt: skip
         check_weight_coverage(built(unlisted), [unlisted / "model.safetensors"])
-    listed = checkpoints.write(tmp_path / "listed", quantized, config)
+    listed = small.write(tmp_path / "listed", quantized, config)
     with pytest.raises(ValueError, match=r"take off quantization_config\.ignore what is stored quantized: "
                                          r"model\.layers\.0\.self_attn\.o_a_proj"):  # fmt: skip
         check_weight_coverage(built(listed), [listed / "model.safetensors"])
@@ -409,7 +385,7 @@ def test_wrong_ignore_lists_are_refused_with_the_remedy(tmp_path, one_rank):
 def test_a_tensor_by_two_names_is_refused(tmp_path, one_rank):
     tensors, config = made()
     tensors["model.norm.weight"] = tensors["norm.weight"].clone()
-    folder = checkpoints.write(tmp_path / "checkpoint", tensors, config)
+    folder = small.write(tmp_path / "checkpoint", tensors, config)
     with pytest.raises(ValueError, match=r"norm\.weight, which are the same tensor by two names"):
         check_weight_coverage(built(folder), [folder / "model.safetensors"])
 
@@ -442,7 +418,7 @@ def served(tmp_path_factory):
     def serve(dialect: str) -> list[list[float]]:
         if dialect not in done:
             folder = tmp_path_factory.mktemp("dialect")
-            checkpoint = checkpoints.write(folder / "checkpoint", *made(*DIALECTS[dialect]))
+            checkpoint = small.write(folder / "checkpoint", *made(*DIALECTS[dialect]))
             with Server(checkpoint, folder / "server.log") as server:
                 done[dialect] = scored(server)
         return done[dialect]
@@ -483,7 +459,7 @@ class TestServed:
         tensors, config = made(checkpoints.transformers_names)
         stray = "model.layers.0.self_attn.q_b_proj.pre_quant_scale"
         tensors[stray] = torch.ones(64)
-        checkpoint = checkpoints.write(tmp_path / "checkpoint", tensors, config)
+        checkpoint = small.write(tmp_path / "checkpoint", tensors, config)
         with pytest.raises(ServerDied) as died, Server(checkpoint, tmp_path / "server.log"):
             pass
         assert f"1 tensors of the checkpoint have no place in the model: {stray}" in died.value.log

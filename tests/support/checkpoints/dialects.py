@@ -5,25 +5,21 @@ Where two dialects hold the same numbers, a server must give the same log-probab
 """
 
 import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cutedsl_nvfp4 import format as nvfp4
 from cutedsl_nvfp4 import reference
 from recipe import export, names
+from tests.support.checkpoints import small
+from tests.support.checkpoints.small import FP8_BLOCK, MXFP4_BLOCK, Tensors
 from tests.support.paths import DEMO
 
-Tensors = dict[str, torch.Tensor]
 Checkpoint = tuple[Tensors, dict]
 Dialect = Callable[[Tensors, dict], Checkpoint]
-
-FP8_BLOCK, MXFP4_BLOCK = 128, 32
-E8M0_BIAS = 127
 
 
 def demo() -> Checkpoint:
@@ -33,17 +29,6 @@ def demo() -> Checkpoint:
         if name.endswith((".weight_scale_2", ".input_scale")):
             tensors[name] = 1.0 / (1.0 / value)
     return tensors, json.loads((DEMO / "config.json").read_text())
-
-
-def write(folder: Path, tensors: Tensors, config: dict) -> Path:
-    """Write a checkpoint with the demo's tokenizer into the new `folder`; returns it."""
-    folder.mkdir()
-    for file in DEMO.glob("*.json"):
-        shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    return folder
 
 
 def linears(tensors: Tensors) -> list[str]:
@@ -184,61 +169,9 @@ def widened(tensors: Tensors, config: dict) -> Checkpoint:
     return plain, wide
 
 
-def _exponents(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    """Power of two that keeps amax / 2^e within `largest`; blocks of zeros take the largest of the tensor."""
-    exponent = torch.ceil(torch.log2(amax / largest))
-    return torch.where(amax > 0, exponent, exponent[amax > 0].amax())
-
-
-def _e8m0(exponent: torch.Tensor) -> torch.Tensor:
-    return (exponent + E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
-
-
-def _fp8_exponents(weight: torch.Tensor) -> torch.Tensor:
-    blocks = weight.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    return _exponents(blocks.abs().amax((1, 3)), 448.0)
-
-
-def fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 [N, K] -> e4m3 [N, K], e8m0 [N/128, K/128]."""
-    exponent = _fp8_exponents(weight)
-    scale = exponent.exp2().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
-    return (weight / scale).to(torch.float8_e4m3fn), _e8m0(exponent)
-
-
-def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f32 [N, K] -> packed codes uint8 [N, K/2], exponents f32 [N, K/32] of the blocks' scales."""
-    blocks = weight.unflatten(1, (-1, MXFP4_BLOCK))
-    exponent = _exponents(blocks.abs().amax(-1), nvfp4.E2M1_MAX)
-    codes = nvfp4.encode_e2m1((blocks / exponent.exp2().unsqueeze(-1)).flatten(1))
-    return nvfp4.pack_codes(codes), exponent
-
-
-_IN_FP8 = (".attn.wq_a", ".attn.wq_b", ".attn.wkv", ".attn.wo_a", ".attn.wo_b", ".indexer.wq_b",
-           ".shared_experts.w1", ".shared_experts.w2", ".shared_experts.w3")  # fmt: skip
-_FP8_CONFIG = {
-    "quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "scale_fmt": "ue8m0",
-    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-}  # fmt: skip
-
-
-def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
-    return value.to(names.native_dtype(name)) if value.is_floating_point() else value
-
-
 def native(plain: Tensors, config: dict) -> Checkpoint:
     """DeepSeek's own format, from `widened` weights: FP8 attention and shared experts, MXFP4 routed experts."""
-    tensors = {}
-    for name, value in plain.items():
-        layer = name.removesuffix(".weight")
-        if ".ffn.experts." in name:
-            codes, exponent = mxfp4(value)
-            tensors[name], tensors[f"{layer}.scale"] = codes.view(torch.int8), _e8m0(exponent)
-        elif layer.endswith(_IN_FP8):
-            tensors[name], tensors[f"{layer}.scale"] = fp8(value)
-        else:
-            tensors[name] = _stored(name, value)
-    return tensors, {**config, "quantization_config": dict(_FP8_CONFIG)}
+    return small.native(plain), {**config, "quantization_config": dict(small.NATIVE_QUANTIZATION)}
 
 
 def experts_only(plain: Tensors, config: dict) -> Checkpoint:
@@ -246,7 +179,7 @@ def experts_only(plain: Tensors, config: dict) -> Checkpoint:
     tensors, config = native(plain, config)
     for name in [name for name in tensors if ".ffn.experts." in name and name.endswith(".weight")]:
         layer = name.removesuffix(".weight")
-        codes, exponent = mxfp4(plain[name])
+        codes, exponent = small.mxfp4(plain[name])
         shift = exponent.amax() - 8  # 2^8 is e4m3's largest power of two, 2^-9 its smallest
         scales = (exponent - shift).exp2().repeat_interleave(2, 1)
         assert torch.equal(scales.to(torch.float8_e4m3fn).float(), scales), f"{name}: not lossless"
@@ -291,16 +224,43 @@ def experts_only_compressed(plain: Tensors, config: dict) -> Checkpoint:
 
 def what_native_holds(plain: Tensors) -> Tensors:
     """The numbers in `native` and `experts_only`, f32 under DeepSeek's names: input of the transformers reference."""
-    held = {}
+    held = small.native_dtypes(plain)
     for name, value in plain.items():
         if ".ffn.experts." in name:
-            codes, exponent = mxfp4(value)
+            codes, exponent = small.mxfp4(value)
             scale = exponent.exp2().repeat_interleave(MXFP4_BLOCK, 1)
             held[name] = nvfp4.decode_e2m1(nvfp4.unpack_codes(codes)) * scale
-        elif name.removesuffix(".weight").endswith(_IN_FP8):
-            codes, _ = fp8(value)
-            scale = _fp8_exponents(value).exp2()
-            held[name] = codes.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
-        else:
-            held[name] = _stored(name, value)
+        elif name.removesuffix(".weight").endswith(small.IN_FP8):
+            codes, _ = small.fp8(value)
+            scale = small.fp8_exponents(value).exp2()
+            held[name] = codes.float() * scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
     return held
+
+
+# --- config.json ---
+
+
+def _without(field: str):
+    return lambda config: config.pop(field)
+
+
+def _with(**fields):
+    return lambda config: config.update(fields)
+
+
+# What transformers writes, changed so that it cannot be repaired: (change, words of the refusal)
+BEYOND_REPAIR = [
+    (_without("layer_types"), "lacks compress_ratios"),
+    (_without("compress_rates"), r"compress_rates says nothing about \['compressed_sparse_attention'"),
+    (_with(layer_types=["sliding_attention", "full_attention", "sliding_attention"]), "unknown kinds"),
+    (_with(compress_ratios=[0, 4, 4]), r"compress_ratios is \[0, 4, 4\], but layer_types .* gives \[0, 4, 128\]"),
+    (_with(num_hidden_layers=4), "3 compress_ratios for 4 layers"),
+    (_without("mlp_layer_types"), "lacks num_hash_layers"),
+    (_with(mlp_layer_types=["moe", "hash_moe", "moe"]), "must be hash_moe layers followed by moe layers"),
+    (_without("rope_parameters"), "lacks rope_theta, compress_rope_theta, rope_scaling"),
+    (lambda config: config["rope_parameters"].pop("compress"), "must hold both main and compress"),
+    (lambda config: config["rope_parameters"]["compress"].update(attention_factor=1.27), "factor is 1.27"),
+    (_with(rope_scaling={"type": "yarn", "factor": 4}), "rope_scaling is .* but rope_parameters.compress gives"),
+    (_with(rope_theta=5000.0), "rope_theta is 5000.0, but rope_parameters.main gives 10000.0"),
+    (_with(qk_rope_head_dim=32), "qk_rope_head_dim is 32, but .* gives 64"),
+]  # fmt: skip

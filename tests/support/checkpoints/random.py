@@ -7,16 +7,14 @@ clamp if asked for, YaRN from position 512 on: an engine that drops one of them 
 import copy
 import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from recipe import export
 from recipe.model import CONFIG, empty_model
-from tests.support.parity.reference_model import Tensors, decoded, load_tensors
-from tests.support.paths import DEMO
+from tests.support.checkpoints import small
+from tests.support.parity.reference_model import decoded, load_tensors
 
 INPUT_SCALE = 0.01
 YARN_FROM = 512
@@ -69,15 +67,6 @@ def random_model(config: dict, gate_gain: float, seed: int = 0):
     return model
 
 
-def _write(folder: Path, config: dict, tensors: Tensors) -> Path:
-    folder.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(DEMO / file, folder / file)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(tensors, folder / export.WEIGHTS, metadata={"format": "pt"})
-    return folder
-
-
 class _SameInputScale(dict):
     def __missing__(self, linear: str) -> float:
         return INPUT_SCALE
@@ -87,7 +76,7 @@ def write_random(folder: Path, hash_layers: int, gate_gain: float, seed: int = 0
     """Write an all-NVFP4 checkpoint into the new `folder`; returns it. Its input_scale is for W4A16: unused."""
     config = random_config(hash_layers)
     tensors = export.checkpoint_tensors(random_model(config, gate_gain, seed), _SameInputScale())
-    return _write(folder, config, tensors)
+    return small.write(folder, tensors, config)
 
 
 def write_bf16_twin(checkpoint: Path, folder: Path) -> Path:
@@ -99,4 +88,4 @@ def write_bf16_twin(checkpoint: Path, folder: Path) -> Path:
     twin = {
         name: value.bfloat16() if f"{name}_scale" in quantized else value for name, value in plain.items()
     }
-    return _write(folder, config, twin)
+    return small.write(folder, twin, config)

@@ -17,6 +17,11 @@ LIMIT = 900  # seconds; reached only by what hangs
 LANES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 LANE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
+# arguments of `Server.smoke_test`
+TEXT_CHECKS = ("--only", "demo_text", "--only", "garbage")
+LOGPROB_CHECKS = ("--only", "demo_logprobs")
+OURS_CHECKS = ("--only", "kernels", "--require-ours")
+
 
 class ServerDied(RuntimeError):
     """The server exited before it was healthy; `log` is everything it said."""
@@ -117,3 +122,8 @@ class Server:
         command = [str(ROOT / "scripts/smoke_test.py"), "--base-url", self.url, "--json", "-", *arguments]
         run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=LIMIT)
         return {**json.loads(run.stdout), "status": run.returncode}
+
+
+def red(report: dict) -> list[str]:
+    """Names of the checks that failed in a report of `Server.smoke_test`."""
+    return [check["name"] for check in report["checks"] if check["verdict"] == "red"]
