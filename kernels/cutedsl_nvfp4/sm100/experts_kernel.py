@@ -167,6 +167,34 @@ class ExpertsKernel:
             blockscaled.tile_atom_to_shape_SF((token_scales[0] * ROWS, scale_k, 1), GROUP_SIZE),
         )
 
+    def shared_storage(self, layouts: Layouts):
+        """The struct of shared memory."""
+        t = self.tile
+
+        @cute.struct
+        class Shared:
+            loads: cute.struct.MemRange[Int64, 2 * t.stages]
+            sums: cute.struct.MemRange[Int64, 2 * t.accumulator_stages]
+            tmem_freed: Int64
+            tmem: Int32
+            weights: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.weights.outer)], 1024
+            ]
+            tokens: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.tokens.outer)], 1024
+            ]
+            weight_scales: cute.struct.Align[
+                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.weight_scales)], 1024
+            ]
+            token_scales: cute.struct.Align[
+                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.token_scales)], 1024
+            ]
+            output: cute.struct.Align[cute.struct.MemRange[Uint8, t.output_bytes], 128]
+            act_scales: cute.struct.Align[cute.struct.MemRange[Float32, t.tokens * t.epilogue_groups], 16]
+            pairs: cute.struct.MemRange[Int32, t.tokens * t.epilogue_groups]
+
+        return Shared
+
     @cute.jit
     def __call__(
         self,
@@ -234,29 +262,7 @@ class ExpertsKernel:
             internal_type=Int16,
         )
 
-        @cute.struct
-        class Shared:
-            loads: cute.struct.MemRange[Int64, 2 * t.stages]
-            sums: cute.struct.MemRange[Int64, 2 * t.accumulator_stages]
-            tmem_freed: Int64
-            tmem: Int32
-            weights: cute.struct.Align[
-                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.weights.outer)], 1024
-            ]
-            tokens: cute.struct.Align[
-                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts.tokens.outer)], 1024
-            ]
-            weight_scales: cute.struct.Align[
-                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.weight_scales)], 1024
-            ]
-            token_scales: cute.struct.Align[
-                cute.struct.MemRange[Float8E4M3FN, cute.cosize(layouts.token_scales)], 1024
-            ]
-            output: cute.struct.Align[cute.struct.MemRange[Uint8, t.output_bytes], 128]
-            act_scales: cute.struct.Align[cute.struct.MemRange[Float32, t.tokens * t.epilogue_groups], 16]
-            pairs: cute.struct.MemRange[Int32, t.tokens * t.epilogue_groups]
-
-        self.shared = Shared
+        self.shared = self.shared_storage(layouts)
         row_tiles = cute.ceil_div(weights.shape[0], t.rows if self.activated else t.rows * t.panels)
         self.kernel(
             Operands(
@@ -764,15 +770,10 @@ class ExpertsKernel:
                     # and who wrote this one has met all since, so that one barrier a chunk is enough.
                     buffer = staged + half * half_bytes
                     half = half ^ 1
-                    for j in cutlass.range_constexpr(t.chunk):
-                        act_scale = sActScales[e * t.chunk + j, group]
-                        if cutlass.const_expr(self.activated):
-                            gate = acc[0][j] * factors[0] * act_scale
-                            up = acc[1][j] * factors[1] * act_scale
-                            value = swiglu(gate, up, output.limit)
-                        else:
-                            value = acc[0][j] * factors[turn] * act_scale
-                        store_bf16(buffer + j * PITCH + inside * 2, value)
+                    row_scales = factors if self.activated else factors[turn : turn + 1]
+                    self.stage_chunk(
+                        acc, row_scales, sActScales, e * t.chunk, buffer, group, inside, output.limit
+                    )
                     # All rows of the chunk's slots are staged; store them by slot.
                     self.meet(group)
                     if cutlass.const_expr(self.result is Result.NVFP4):
@@ -802,6 +803,29 @@ class ExpertsKernel:
                         )
             state.advance()
             expert, first_slot, slots, _ = next_entry
+
+    @cute.jit
+    def stage_chunk(
+        self,
+        acc: list,  # f32 (values, 1, 1): the gate's and the up's, or one panel's
+        row_scales: list,  # f32, of each
+        sActScales: cute.Tensor,  # f32 (tokens, groups)
+        first: Int32,  # slot of the tile
+        buffer: Int32,
+        group: Int32,
+        inside: Int32,
+        limit: Float32,
+    ):
+        """A thread's row of a chunk's slots, scaled and activated, to shared memory."""
+        for j in cutlass.range_constexpr(self.tile.chunk):
+            act_scale = sActScales[first + j, group]
+            if cutlass.const_expr(self.activated):
+                gate = acc[0][j] * row_scales[0] * act_scale
+                up = acc[1][j] * row_scales[1] * act_scale
+                value = swiglu(gate, up, limit)
+            else:
+                value = acc[0][j] * row_scales[0] * act_scale
+            store_bf16(buffer + j * PITCH + inside * 2, value)
 
     @cute.jit
     def store_rows(

@@ -161,6 +161,33 @@ class LinearKernel:
             "token scale atoms": cute.make_layout((ATOM_WORDS, BLOCKS, t.scale_atoms, t.stages)),
         }
 
+    def shared_storage(self, layouts: dict):
+        """The struct of shared memory."""
+        t = self.tile
+
+        @cute.struct
+        class Shared:
+            full: cute.struct.MemRange[Int64, t.stages]
+            empty: cute.struct.MemRange[Int64, t.stages]
+            done: cute.struct.MemRange[Int64, 2]
+            free: cute.struct.MemRange[Int64, 2]
+            tensor_memory: Int32
+            weights: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["weights"].outer)], 1024
+            ]
+            tokens: cute.struct.Align[
+                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["tokens"].outer)], 1024
+            ]
+            weight_scales: cute.struct.Align[
+                cute.struct.MemRange[Int64, cute.cosize(layouts["weight scale atoms"])], 1024
+            ]
+            token_scales: cute.struct.Align[
+                cute.struct.MemRange[Int64, cute.cosize(layouts["token scale atoms"])], 1024
+            ]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
+
+        return Shared
+
     @cute.jit
     def __call__(
         self,
@@ -217,28 +244,7 @@ class LinearKernel:
             (ATOM_WORDS, BLOCKS, t.scale_atoms),
         )
 
-        @cute.struct
-        class Shared:
-            full: cute.struct.MemRange[Int64, t.stages]
-            empty: cute.struct.MemRange[Int64, t.stages]
-            done: cute.struct.MemRange[Int64, 2]
-            free: cute.struct.MemRange[Int64, 2]
-            tensor_memory: Int32
-            weights: cute.struct.Align[
-                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["weights"].outer)], 1024
-            ]
-            tokens: cute.struct.Align[
-                cute.struct.MemRange[Float4E2M1FN, cute.cosize(layouts["tokens"].outer)], 1024
-            ]
-            weight_scales: cute.struct.Align[
-                cute.struct.MemRange[Int64, cute.cosize(layouts["weight scale atoms"])], 1024
-            ]
-            token_scales: cute.struct.Align[
-                cute.struct.MemRange[Int64, cute.cosize(layouts["token scale atoms"])], 1024
-            ]
-            partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
-
-        self.shared = Shared
+        self.shared = self.shared_storage(layouts)
         token_tiles = cute.ceil_div(mOut.shape[0], t.tokens)
         row_tiles = cute.ceil_div(group_rows, t.rows) * groups
         tiles = token_tiles * row_tiles
