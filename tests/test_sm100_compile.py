@@ -1,5 +1,6 @@
 """Every shipped Blackwell kernel compiles without a GPU, uses the FP4 tensor cores and spills nothing."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from cutedsl_nvfp4 import compiled, format
 from cutedsl_nvfp4.sm100 import linear, quantize, sass
 from cutedsl_nvfp4.sm100.compile import compile_linear, compile_quantize
-from cutedsl_nvfp4.tiles100 import SHARED_MEMORY, TENSOR_MEMORY, Tile, choose, chosen, shipped
+from cutedsl_nvfp4.tiles100 import SHARED_MEMORY, SMS, TENSOR_MEMORY, Tile, choose, chosen, shipped
 
 COMPILE_KERNELS = Path(__file__).parent.parent / "scripts/compile_kernels"
 ARCHITECTURES = ("sm_100a", "sm_103a")
@@ -96,9 +97,38 @@ def test_choice_is_shipped_and_takes_the_tokens(problem):
     assert {choose(n, k, m, groups) for m in TOKENS if m <= 8192} <= set(found) | {choose(n, k, 500, groups)}
 
 
-def test_few_tokens_of_a_small_weight_share_k_and_many_tokens_a_pair():
-    assert choose(2048, 7168, 1).split_k > 1 and choose(2048, 7168, 1).tokens == 16
-    assert choose(16384, 7168, 4096) == Tile(256, True, 5)
+def ctas(tile: Tile, m: int, n: int, groups: int) -> int:
+    """CTAs of a product that `tile` computes."""
+    return -(-(n // groups) // tile.rows) * groups * -(-m // tile.tokens) * tile.cluster
+
+
+def test_k_is_shared_by_ctas_that_run_at_once_wherever_half_of_the_sms_would_idle():
+    shared = 0
+    for (n, k, groups), m in itertools.product(PROBLEMS, TOKENS):
+        tile = choose(n, k, m, groups)
+        shared += tile.split_k > 1
+        if tile.split_k > 1:
+            assert ctas(tile, m, n, groups) <= SMS, (n, k, m, tile)
+        elif k >= 4096 and any(
+            (t.tokens, t.pair, t.split_k) == (tile.tokens, tile.pair, 2) for t in shipped()
+        ):
+            assert 2 * ctas(tile, m, n, groups) > SMS, (n, k, m, tile)
+    assert shared > 0
+
+
+def test_products_that_fill_all_sms_take_the_tile_that_loads_least():
+    """Bytes for each result; of the products that fill every SM four times with whole tiles of the largest size."""
+    largest = max(shipped(), key=lambda tile: tile.rows * tile.tokens)
+
+    def loaded(tile: Tile) -> float:
+        return tile.stage_bytes * tile.ctas / (tile.rows * tile.tokens)
+
+    full = 0
+    for (n, k, groups), m in itertools.product(PROBLEMS, TOKENS):
+        if n // groups % largest.rows == 0 and ctas(largest, m, n, groups) >= 4 * SMS:
+            full += 1
+            assert loaded(choose(n, k, m, groups)) == min(map(loaded, shipped())), (n, k, m)
+    assert full > 0
 
 
 @pytest.mark.parametrize("tile", shipped(), ids=str)

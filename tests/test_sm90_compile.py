@@ -12,7 +12,8 @@ from cutedsl_nvfp4 import compiled
 from cutedsl_nvfp4.sm90 import experts, sass
 from cutedsl_nvfp4.sm90.compile import compile_linear
 from cutedsl_nvfp4.sm90.linear import kernel_name, shipped_kernels
-from cutedsl_nvfp4.tiles import Narrow, Wide, choose, chosen, general, shipped
+from cutedsl_nvfp4.sm90.wide import PRODUCER_REGISTERS
+from cutedsl_nvfp4.tiles import Narrow, Wide, choose, chosen, general, shipped, shipped_expert_tiles
 
 COMPILE_KERNELS = Path(__file__).parent.parent / "scripts/compile_kernels"
 
@@ -118,9 +119,24 @@ def test_results_with_a_bias_or_ragged_rows_take_general_tiles():
     assert taken == set(general())
 
 
-@pytest.mark.parametrize("config", shipped(), ids=str)
-def test_shipped_configurations_are_legal(config):
-    config.check()
+STREAMING = [
+    tile
+    for tiles in shipped_expert_tiles()
+    for tile in (tiles.w13, tiles.w2)
+    if isinstance(tile, Narrow) and tile.streams
+]
+
+
+@pytest.mark.parametrize("config", [*shipped(), *dict.fromkeys(STREAMING)], ids=str)
+def test_shipped_configurations_fit_an_sm(config):
+    """All CTAs that the host counts on at once: shared memory (a KB of each is CUDA's), threads, registers."""
+    wide = isinstance(config, Wide)
+    ctas = config.ctas_per_sm if wide or config.streams else 1
+    assert ctas * (config.shared_memory + 1024) <= 228 * 1024
+    assert ctas * config.threads <= 2048
+    if wide and config.panels > 1:  # the producer's warpgroup gives registers to the others
+        registers = 128 * (config.panels * config.consumer_registers + PRODUCER_REGISTERS)
+        assert ctas * registers <= 64 * 1024
 
 
 @pytest.mark.parametrize(

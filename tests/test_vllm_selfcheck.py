@@ -110,5 +110,12 @@ def test_switching_it_off_is_noted(worker, monkeypatch):
     assert worker.get_model().nvfp4_self_check == {"verdict": "off"}
 
 
-def test_hopper_is_what_is_checked():
-    assert support.linear("cuda", 90).layout is Layout.SM90
+@pytest.mark.parametrize("capability", [90, 100, 103, 120, 121])
+def test_layers_of_every_gpu_are_checked(random_weight, worker, monkeypatch, capability):
+    """In the layout that the GPU's kernels read, which is never the reference's."""
+    found = support.linear("cuda", capability)
+    model = Model(random_weight, found.layout)
+    worker.get_model = lambda: model
+    monkeypatch.setattr(support, "capability_of", lambda device: capability)
+    vllm_selfcheck.check_kernels(worker)
+    assert model.nvfp4_self_check["verdict"] == "passed" and model.nvfp4_self_check["layers"] == 2
