@@ -1,5 +1,6 @@
 """Every shipped Blackwell kernel compiles without a GPU, uses the FP4 tensor cores and spills nothing."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,7 @@ from cutedsl_nvfp4 import format, settings
 from cutedsl_nvfp4.blackwell import quantize
 from cutedsl_nvfp4.family import LinearProblem
 from cutedsl_nvfp4.sm100 import experts, linear
-from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, TENSOR_COLUMNS, LinearTile, choose, shipped
+from cutedsl_nvfp4.sm100.tiles import SHARED_MEMORY, SMS, TENSOR_COLUMNS, LinearTile, choose, shipped
 from devtools.kernels.sass import machine_code
 from tests.support.compiling import compile_ahead, problems
 
@@ -77,9 +78,38 @@ def test_choice_is_shipped_and_takes_the_tokens(problem):
         assert tile.split_k == 1 or -(-k // 256) >= 2 * tile.split_k
 
 
-def test_few_tokens_of_a_small_weight_share_k_and_many_tokens_a_pair():
-    assert choose(2048, 7168, 1).split_k > 1 and choose(2048, 7168, 1).tokens == 16
-    assert choose(16384, 7168, 4096) == LinearTile(256, 2, 5)
+def ctas(tile: LinearTile, m: int, n: int, groups: int) -> int:
+    """CTAs of a product that `tile` computes."""
+    return -(-(n // groups) // tile.rows) * groups * -(-m // tile.tokens) * tile.cluster
+
+
+def test_k_is_shared_by_ctas_that_run_at_once_wherever_half_of_the_sms_would_idle():
+    shared = 0
+    for (n, k, groups), m in itertools.product(PROBLEMS, TOKENS):
+        tile = choose(n, k, m, groups)
+        shared += tile.split_k > 1
+        if tile.split_k > 1:
+            assert ctas(tile, m, n, groups) <= SMS, (n, k, m, tile)
+        elif k >= 4096 and any(
+            (t.tokens, t.ctas_per_mma, t.split_k) == (tile.tokens, tile.ctas_per_mma, 2) for t in shipped()
+        ):
+            assert 2 * ctas(tile, m, n, groups) > SMS, (n, k, m, tile)
+    assert shared > 0
+
+
+def test_products_that_fill_all_sms_take_the_tile_that_loads_least():
+    """Bytes for each result; of the products that fill every SM four times with whole tiles of the largest size."""
+    largest = max(shipped(), key=lambda tile: tile.rows * tile.tokens)
+
+    def loaded(tile: LinearTile) -> float:
+        return tile.stage_bytes * tile.ctas_per_mma / (tile.rows * tile.tokens)
+
+    full = 0
+    for (n, k, groups), m in itertools.product(PROBLEMS, TOKENS):
+        if n // groups % largest.rows == 0 and ctas(largest, m, n, groups) >= 4 * SMS:
+            full += 1
+            assert loaded(choose(n, k, m, groups)) == min(map(loaded, shipped())), (n, k, m)
+    assert full > 0
 
 
 @pytest.mark.parametrize("tile", shipped(), ids=str)
@@ -94,9 +124,9 @@ def test_shipped_tiles_fit(tile):
     "tile, reason",
     [
         (LinearTile(48), "tokens must be"),
-        (LinearTile(256), "take a pair"),
+        (LinearTile(256), "need ctas_per_mma=2"),
         (LinearTile(32, 2), "at least 64 tokens"),
-        (LinearTile(128, 2, 4, 2), "shares no K"),
+        (LinearTile(128, 2, 4, 2), "and split_k=1"),
         (LinearTile(16, split_k=3), "split_k must be"),
         (LinearTile(16, stages=1), "at least 2 stages"),
         (LinearTile(128, stages=7), "bytes of shared memory"),

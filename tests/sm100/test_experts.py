@@ -136,7 +136,7 @@ def test_a_thread_reads_its_lane(tile):
     def offsets(cute):
         kernel = ExpertsKernel(tile, Result.ROWS)
         mma = kernel.layouts().mma
-        shape = cute.append(mma.partition_shape_C(kernel.tile[:2]), tile.panels * tile.accumulator_stages)
+        shape = cute.append(mma.partition_shape_C(kernel.mma_tile[:2]), tile.panels * tile.accumulator_stages)
         sums = mma.make_fragment_C(shape)
         values = {
             thread: [kernel.accumulator_load(sums, thread)[2][j] for j in range(tile.chunk)]
@@ -287,7 +287,7 @@ def test_operands_that_do_not_fit_are_refused(random_weight, launched):
             both(*arguments)
     for name, bad, reason in (
         ("w13_codes", operands.w13_codes[..., :-16], "w13 codes must be contiguous uint8"),
-        ("w2_block_scales", operands.w2_block_scales.int(), "w2 scales must be contiguous uint8"),
+        ("w2_block_scales", operands.w2_block_scales.int(), "w2 block scales must be contiguous uint8"),
         ("w2_row_scale", operands.w2_row_scale.double(), "w2 row_scale must be f32"),
     ):
         with pytest.raises(ValueError, match=reason):

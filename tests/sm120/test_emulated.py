@@ -3,6 +3,8 @@
 All tiles' addressing: test_sm120_layout.py; the tiles that layers choose: test_blackwell_emulated.py.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import plain_experts, plain_linear, prepare_experts, prepare_linear
 from cutedsl_nvfp4.sm120 import experts, linear
-from cutedsl_nvfp4.sm120.tiles import general, shipped, shipped_expert_tiles
+from cutedsl_nvfp4.sm120.tiles import LinearTile, general, shipped, shipped_expert_tiles
 from tests.support.emulator import device as emulated
 
 on_device = emulated.on_device
@@ -22,13 +24,18 @@ def device(monkeypatch):
     emulated.Device(monkeypatch, 120, sms=2).lazy = frozenset({"tma", "mma", "store"})
 
 
+def first(wanted: Callable[[LinearTile], bool]) -> LinearTile:
+    """Of the shipped tiles the first that is of the wanted kind."""
+    return next(tile for tile in shipped() if wanted(tile))
+
+
 @pytest.mark.parametrize(
     "tile, bias, dtype",
     [
-        (shipped()[0], False, torch.bfloat16),  # k warps
-        (general()[0], True, torch.float32),
-        (shipped()[5], False, torch.bfloat16),
-        (shipped()[7], False, torch.float32),  # registers move
+        (first(lambda tile: tile.k_warps > 1), False, torch.bfloat16),
+        (first(lambda tile: tile.token_warps > 1 and not tile.moves_registers), False, torch.bfloat16),
+        (first(lambda tile: tile.moves_registers), False, torch.float32),
+        *((tile, True, torch.float32) for tile in general()),
     ],
     ids=str,
 )
@@ -53,11 +60,8 @@ def test_linear(random_weight, tile, bias, dtype):
     assert got.dtype == dtype and error < (1e-6 if dtype == torch.float32 else 3e-3)
 
 
-@pytest.mark.parametrize(
-    "tiles, scales",
-    [(tiles, (torch.tensor([0.05]), None)[i % 2]) for i, tiles in enumerate(shipped_expert_tiles()[:2])],
-    ids=lambda value: str(getattr(value, "tokens", "token" if value is None else "tensor")),
-)
+@pytest.mark.parametrize("scales", [torch.tensor([0.05]), None], ids=["tensor", "token"])
+@pytest.mark.parametrize("tiles", shipped_expert_tiles(), ids=lambda tiles: str(tiles.tokens))
 def test_experts(random_weight, tiles, scales):
     """Two experts with a tile that is not full and none; hidden and intermediate sizes end within a block of k."""
     m, hidden, intermediate = tiles.tokens // 2 + 9, 176, 80

@@ -6,7 +6,16 @@ import torch
 from cutedsl_nvfp4 import compiled, settings
 from cutedsl_nvfp4.family import LinearProblem
 from cutedsl_nvfp4.sm90 import experts, linear
-from cutedsl_nvfp4.sm90.tiles import NarrowTile, WideTile, choose, chosen, general, shipped
+from cutedsl_nvfp4.sm90.linear_wide import PRODUCER_REGISTERS
+from cutedsl_nvfp4.sm90.tiles import (
+    NarrowTile,
+    WideTile,
+    choose,
+    chosen,
+    general,
+    shipped,
+    shipped_expert_tiles,
+)
 from tests.support.compiling import compile_ahead, problems
 
 ARCH = "sm_90a"
@@ -89,6 +98,26 @@ def test_every_choice_is_shipped_and_listed(problem, batch_invariant):
 def test_results_with_a_bias_or_ragged_rows_take_general_tiles():
     taken = {choose(n, k, m, 1, False, plain=False) for n in (64, 8000) for k in (64, 8192) for m in (1, 500)}
     assert taken == set(general())
+
+
+STREAMING = [
+    tile
+    for tiles in shipped_expert_tiles()
+    for tile in (tiles.w13, tiles.w2)
+    if isinstance(tile, NarrowTile) and tile.streams
+]
+
+
+@pytest.mark.parametrize("tile", [*shipped(), *dict.fromkeys(STREAMING)], ids=str)
+def test_shipped_tiles_fit_an_sm(tile):
+    """All CTAs that the host counts on at once: shared memory (a KB of each is CUDA's), threads, registers."""
+    wide = isinstance(tile, WideTile)
+    ctas = tile.ctas_per_sm if wide or tile.streams else 1
+    assert ctas * (tile.shared_memory + 1024) <= 228 * 1024
+    assert ctas * tile.threads <= 2048
+    if wide and tile.panels > 1:  # the producer's warpgroup gives registers to the others
+        registers = 128 * (tile.panels * tile.consumer_registers + PRODUCER_REGISTERS)
+        assert ctas * registers <= 64 * 1024
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_run_refuses_operands_on_the_cpu():
     prepared = prepare_experts(
         *w13, torch.ones(2, 2), *w2, torch.ones(2), layout=Layout.SM90,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="one CUDA device"):
+    with pytest.raises(ValueError, match="on a CUDA device, got cpu"):
         experts.run(
             torch.zeros(1, 64, dtype=torch.bfloat16), prepared.w13_codes, prepared.w13_block_scales,
             prepared.w13_row_scale, prepared.w2_codes, prepared.w2_block_scales, prepared.w2_row_scale,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cutedsl_nvfp4 import family, support
 from cutedsl_nvfp4.family import Layout
 from cutedsl_nvfp4.prepare import prepare_linear
 from cutedsl_nvfp4.selfcheck import report
@@ -116,3 +117,14 @@ def test_switching_it_off_is_noted(worker, monkeypatch):
     monkeypatch.setenv("CUTEDSL_NVFP4_SELF_CHECK", "off")
     vllm_selfcheck.check_kernels(worker, never)
     assert worker.get_model().nvfp4_self_check == {"verdict": "off"}
+
+
+@pytest.mark.parametrize("capability", [90, 100, 103, 120, 121])
+def test_layers_of_every_gpu_are_checked(random_weight, worker, monkeypatch, capability):
+    """In the layout that the GPU's kernels read, which is never the reference's."""
+    found = support.linear("cuda", capability)
+    model = Model(random_weight, found.layout)
+    worker.get_model = lambda: model
+    monkeypatch.setattr(family, "capability_of", lambda device: capability)
+    vllm_selfcheck.check_kernels(worker, CHECK)
+    assert model.nvfp4_self_check["verdict"] == "passed" and model.nvfp4_self_check["layers"] == 2
