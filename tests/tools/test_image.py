@@ -141,7 +141,7 @@ def test_a_revision_is_dirty_with_what_an_image_would_hold(tmp_path, monkeypatch
         subprocess.run(["git", "-C", tmp_path, *arguments], check=True, capture_output=True)
 
     program = image_arguments
-    monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(program, "PROJECT_ROOT", tmp_path)
     shutil.copytree(ROOT / "patches", tmp_path / "patches")
     git("init", "--quiet")
     git("add", ".")
