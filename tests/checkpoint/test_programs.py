@@ -48,9 +48,10 @@ def test_old_paths_forward_to_the_programs(program, tmp_path):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_run_with_the_package_installed(program, tmp_path):
-    """Away from kernels/, as in the image. PYTHONPATH stands for the installation."""
-    alone = shutil.copy(SCRIPTS / f"{program}.py", tmp_path)
-    said = run(sys.executable, alone, "--help", cwd=tmp_path, PYTHONPATH=str(KERNELS))
+    """Copied away from kernels/, as in the image. PYTHONPATH stands for the installation."""
+    for file in (program, f"{program}.py"):
+        shutil.copy(SCRIPTS / file, tmp_path)
+    said = run(sys.executable, tmp_path / program, "--help", cwd=tmp_path, PYTHONPATH=str(KERNELS))
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith(f"usage: {program} ")
 
