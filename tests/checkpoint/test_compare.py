@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cutedsl_nvfp4.checkpoint.compare import compare, main
+from cutedsl_nvfp4.checkpoint.compare import compare, draw, main
 from recipe import export
 from tests.support.checkpoints import small
 from tests.support.paths import DEMO
@@ -111,6 +111,23 @@ def test_at_least_fails_on_what_was_not_compared(incomplete, kinds, words, capsy
     error = capsys.readouterr().err
     assert error.startswith("not everything could be compared: ") and words in error
     assert main([*arguments[:-1], "shared", "--at-least", "20"]) == 0
+
+
+def test_plot_has_a_point_for_every_unequal_tensor(bf16, damaged, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for name, a, b, count in (("one", DEMO, damaged, 1), ("many", bf16, DEMO, 300)):
+        found, _ = compare(a, b, set())
+        draw(found, tmp_path / f"{name}.png")
+        (axes,) = pyplot.gcf().axes
+        drawn = {line.get_label(): sorted(zip(*line.get_data())) for line in axes.lines}
+        unequal = [row for row in found if row.snr_db is not None]
+        assert drawn == {
+            kind: sorted((int(row.name.split(".")[1]), row.snr_db) for row in unequal if row.kind == kind)
+            for kind in {row.kind for row in unequal}
+        }
+        assert len(unequal) >= count
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(drawn)
+        pyplot.close()
 
 
 def test_command(damaged, tmp_path, capsys):

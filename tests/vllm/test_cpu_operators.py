@@ -240,7 +240,7 @@ DEFINE_TWICE = """
 import json, torch
 from vllm.platforms import current_platform
 current_platform.import_kernels()
-from cutedsl_nvfp4.vllm import cpu_kernels
+from cutedsl_nvfp4.vllm.cpu import operators as cpu_kernels
 
 names = [function.__name__ for function in cpu_kernels._SCHEMAS]
 compiled = [name for name in names if hasattr(torch.ops._C, name)]

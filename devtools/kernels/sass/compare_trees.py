@@ -30,7 +30,7 @@ from devtools.kernels.sass.machine_code import disassemble, resources
 
 ARCHITECTURES = ("sm_90a", "sm_100a", "sm_103a", "sm_120a", "sm_121a")
 # where a checkout keeps `kernels(arch)`, the list of what is shipped
-COMPILERS = ("devtools/kernels/compile.py", "devtools/kernels/compile.py")
+COMPILERS = ("devtools/kernels/compile.py", "scripts/compile_kernels")
 
 _LINE = re.compile(r"^\s*(?:(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(.*?;))")
 _SYMBOL = re.compile(r"\((?!\.L_x_)[\w.$@]+\)")
