@@ -288,7 +288,7 @@ def test_operands_that_do_not_fit_are_refused(random_weight, launched):
     for name, bad, reason in (
         ("w13_codes", operands.w13_codes[..., :-16], "w13 codes must be contiguous uint8"),
         ("w2_block_scales", operands.w2_block_scales.int(), "w2 block scales must be contiguous uint8"),
-        ("w2_row_scale", operands.w2_row_scale.double(), "w2 row_scale must be f32"),
+        ("w2_row_scale", operands.w2_row_scale.double(), "w2 row_scale must be contiguous float32"),
     ):
         with pytest.raises(ValueError, match=reason):
             both(replace(operands, **{name: bad}), *good[1:])

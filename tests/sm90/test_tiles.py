@@ -64,10 +64,10 @@ def test_no_routing_needs_more_tiles_than_there_is_room_for(tokens):
 
 
 def test_widths_end_at_the_tile_and_are_whole_chunks():
-    for config, first in shipped_experts():
-        if isinstance(config, WideTile):
-            widths = expert_widths(config)
-            assert widths[-1] == config.tokens and list(widths) == sorted(set(widths)), first
+    for tile, first in shipped_experts():
+        if isinstance(tile, WideTile):
+            widths = expert_widths(tile)
+            assert widths[-1] == tile.tokens and list(widths) == sorted(set(widths)), first
             assert all(width % 32 == 0 for width in widths)
 
 
@@ -89,6 +89,21 @@ def test_widths_end_at_the_tile_and_are_whole_chunks():
 def test_illegal_tiles_are_refused(tiles):
     with pytest.raises(ValueError, match=r"Narrow|WideTile"):
         tiles.check()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (WideTile(3, 64), "panels of an experts' tile must be 1 or 2 or 4, got 3"),
+        (WideTile(2, 64, split_k=2), "split_k of an experts' tile must be 1, got 2"),
+        (WideTile(2, 16), r"tokens of an experts' tile must be 32 or .* or 256, got 16"),
+        (NarrowTile(8, split_k=2, signal=True), "signal of an experts' tile must be False, got True"),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_field(wrong, reason):
+    with pytest.raises(ValueError, match=reason):
+        ExpertTiles(wrong, wrong).check()
 
 
 def random_weight(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

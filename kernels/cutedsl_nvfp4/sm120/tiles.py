@@ -211,15 +211,15 @@ _EXPERT_RULES = (
 )
 
 
-def choose_experts(pairs: int, known: int) -> ExpertTiles:
-    """The tiles for `pairs` = M * top-k pairs over `known` experts, local or not."""
-    return next(tiles for most, tiles in _EXPERT_RULES if pairs / known <= most)
+def choose_experts(pairs: int, num_global_experts: int) -> ExpertTiles:
+    """The tiles for `pairs` = M * top-k pairs over `num_global_experts` experts, local or not."""
+    return next(tiles for most, tiles in _EXPERT_RULES if pairs / num_global_experts <= most)
 
 
 @cache
-def chosen_experts(topk: int, known: int, max_tokens: int) -> dict[ExpertTiles, int]:
+def chosen_experts(topk: int, num_global_experts: int, max_tokens: int) -> dict[ExpertTiles, int]:
     """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
-    return tile_choice.chosen(lambda m: choose_experts(m * topk, known), max_tokens)
+    return tile_choice.chosen(lambda m: choose_experts(m * topk, num_global_experts), max_tokens)
 
 
 def shipped_expert_tiles() -> list[ExpertTiles]:

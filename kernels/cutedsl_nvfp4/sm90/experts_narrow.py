@@ -60,7 +60,7 @@ class Results(NamedTuple):
 
 
 class NarrowExpertsKernel(NarrowLinearKernel):
-    """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
+    """One compiled kernel: a tile, for w13 (`activated`) or w2."""
 
     def __init__(self, tile: NarrowTile, activated: bool):
         tile.check()

@@ -31,7 +31,7 @@ CONSUMER_WARPS = 4  # of 16 rows each: a panel
 
 
 class StreamingExpertsKernel(NarrowExpertsKernel):
-    """One compiled kernel: a tile configuration that `streams`, for w13 (`activated`) or w2."""
+    """One compiled kernel: a tile that `streams`, for w13 (`activated`) or w2."""
 
     def grid(self, panels: Int32, tiles: Int32, max_ctas: Int32) -> tuple:
         return cutlass.min(panels * tiles, max_ctas), 1, 1

@@ -68,7 +68,7 @@ class Staging(NamedTuple):
 
 
 class WideExpertsKernel(WideLinearKernel):
-    """One compiled kernel: a tile configuration, for w13 (`activated`) or w2."""
+    """One compiled kernel: a tile, for w13 (`activated`) or w2."""
 
     def __init__(self, tile: WideTile, activated: bool):
         check_for_experts(tile)

@@ -77,7 +77,7 @@ class Place(NamedTuple):
 
 
 class NarrowLinearKernel:
-    """One compiled kernel: a tile configuration and the presence of a bias."""
+    """One compiled kernel: a tile and the presence of a bias."""
 
     def __init__(self, tile: NarrowTile, has_bias: bool):
         tile.check()

@@ -140,7 +140,7 @@ def decode(registers: cute.Tensor, words: list, scale_words: list, steps: range,
 
 
 class WideLinearKernel:
-    """One compiled kernel: a tile configuration, the presence of a bias, whether rows of out are 16-byte aligned."""
+    """One compiled kernel: a tile, the presence of a bias, whether rows of out are 16-byte aligned."""
 
     def __init__(self, tile: WideTile, has_bias: bool, aligned_rows: bool):
         tile.check()

@@ -70,11 +70,6 @@ class NarrowTile:
         """As many as shared memory holds."""
         return min(6, SM90_SHARED_MEMORY // (self.shared_memory + 1024))
 
-    @property
-    def fits_experts(self) -> bool:
-        """Whether the experts' kernels know every feature of this tile."""
-        return not self.signal
-
     def takes(self, m: int) -> bool:
         """Whether the tile computes m tokens: all do."""
         return True
@@ -84,7 +79,7 @@ class NarrowTile:
         return True
 
     def check(self) -> None:
-        """Raise ValueError for a configuration the kernel cannot run."""
+        """Raise ValueError for a tile the kernel cannot run."""
         if self.tokens not in (8, 16, 24, 32):
             raise ValueError(f"{self}: tokens must be 8, 16, 24 or 32")
         if self.k_warps not in (1, 2, 4) or self.blocks not in (1, 2):
@@ -156,13 +151,6 @@ class WideTile:
             return 160
         return {1: 240, 2: 104}[self.ctas_per_sm]  # multiples of 8 within 512 per lane of a scheduler
 
-    @property
-    def fits_experts(self) -> bool:
-        """Whether the experts' kernels know every feature of this tile."""
-        plain = self.split_k == self.multicast == 1
-        plain = plain and not (self.lag or self.bulk or self.signal or self.tail)
-        return plain and self.panels != 3 and self.tokens % 32 == 0
-
     def takes(self, m: int) -> bool:
         """Whether the tile computes m tokens: all do."""
         return True
@@ -172,7 +160,7 @@ class WideTile:
         return groups == 1 or panels_per_group % (self.panels * self.multicast) == 0
 
     def check(self) -> None:
-        """Raise ValueError for a configuration the kernel cannot run."""
+        """Raise ValueError for a tile the kernel cannot run."""
         if self.panels not in (1, 2, 3, 4) or self.blocks not in (1, 2, 4):
             raise ValueError(f"{self}: panels must be 1 to 4, and blocks 1, 2 or 4")
         if self.tokens % 16 or not 16 <= self.tokens <= 256 or self.tokens % self.output_tokens:
@@ -200,38 +188,50 @@ class WideTile:
 LinearTile = NarrowTile | WideTile
 
 
-def check_for_experts(config: LinearTile) -> None:
-    """Raise ValueError for a configuration the experts' kernels cannot run."""
-    config.check()
-    if not config.fits_experts:
-        raise ValueError(
-            f"{config}: experts take no signal; wide ones tokens in 32s, no 3 panels, split_k, multicast, lag, bulk "
-            "or tail"
-        )
+# what the experts' kernels know: {field: its values}
+_NARROW_EXPERTS = {"signal": (False,)}
+_WIDE_EXPERTS = {
+    "panels": (1, 2, 4),
+    "tokens": tuple(range(32, 257, 32)),
+    "split_k": (1,),
+    "multicast": (1,),
+    "lag": (0,),
+    "bulk": (False,),
+    "signal": (False,),
+    "tail": (0,),
+}
 
 
-def _check_shared(config: LinearTile) -> None:
-    if config.signal and config.split_k == 1:
-        raise ValueError(f"{config}: only shares of split_k signal")
-    if not 1 <= config.split_k <= MAX_CLUSTER or MAX_CLUSTER % config.split_k:
-        raise ValueError(f"{config}: split_k must be 1, 2, 4 or 8")
-    if config.stages < 2:
-        raise ValueError(f"{config}: a pipeline needs at least 2 stages")
-    ctas = config.ctas_per_sm if isinstance(config, WideTile) else 1
+def check_for_experts(tile: LinearTile) -> None:
+    """Raise ValueError for a tile the experts' kernels cannot run."""
+    tile.check()
+    for field, allowed in (_WIDE_EXPERTS if isinstance(tile, WideTile) else _NARROW_EXPERTS).items():
+        if (value := getattr(tile, field)) not in allowed:
+            raise ValueError(
+                f"{tile}: {field} of an experts' tile must be {' or '.join(map(str, allowed))}, got {value}"
+            )
+
+
+def _check_shared(tile: LinearTile) -> None:
+    if tile.signal and tile.split_k == 1:
+        raise ValueError(f"{tile}: only shares of split_k signal")
+    if not 1 <= tile.split_k <= MAX_CLUSTER or MAX_CLUSTER % tile.split_k:
+        raise ValueError(f"{tile}: split_k must be 1, 2, 4 or 8")
+    if tile.stages < 2:
+        raise ValueError(f"{tile}: a pipeline needs at least 2 stages")
+    ctas = tile.ctas_per_sm if isinstance(tile, WideTile) else 1
     per_cta = SM90_SHARED_MEMORY // ctas - 1024 * (ctas > 1)
-    if config.shared_memory > per_cta:
-        raise ValueError(
-            f"{config}: needs {config.shared_memory} bytes of shared memory, {per_cta} are there"
-        )
+    if tile.shared_memory > per_cta:
+        raise ValueError(f"{tile}: needs {tile.shared_memory} bytes of shared memory, {per_cta} are there")
 
 
 def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bool = True) -> LinearTile:
-    """The configuration for out [m, n] with inner dimension k.
+    """The tile for out [m, n] with inner dimension k.
 
     Measured problems take what was fastest; others the rule of the nearest measured one (by ratio of n and
     of k). With `batch_invariant` the split of K depends on n and k alone and only the tokens of a tile on
     m: a row's sums are then the same whatever the batch. `plain` results have no bias and rows of whole
-    16-byte pieces, as all of DeepSeek-V4's; the others take one of four configurations, invariant too.
+    16-byte pieces, as all of DeepSeek-V4's; the others take one of four tiles, invariant too.
     """
     if not plain:
         return _general(n, k, m)
@@ -244,29 +244,29 @@ def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bo
 def chosen(
     n: int, k: int, groups: int, max_tokens: int, batch_invariant: bool, plain: bool = True
 ) -> dict[LinearTile, int]:
-    """Every configuration `choose` takes for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
+    """Every tile `choose` takes for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
     return tile_choice.chosen(lambda m: choose(n, k, m, groups, batch_invariant, plain), max_tokens)
 
 
 def _measured(n: int, k: int, groups: int, m: int) -> LinearTile:
     rules = _rules(n, k, groups)
-    return next((config for most, config in rules if m <= most), rules[-1][1])
+    return next((tile for most, tile in rules if m <= most), rules[-1][1])
 
 
 @cache
 def _rules(n: int, k: int, groups: int) -> tuple[tuple[int, LinearTile], ...]:
-    """(most tokens, configuration) of the nearest measured problem, ascending, as a weight [n, k] can take them."""
+    """(most tokens, tile) of the nearest measured problem, ascending, as a weight [n, k] can take them."""
     panels_per_group = -(-n // PANEL_ROWS) // groups
 
     def distance(problem: tuple[int, int, int]) -> tuple[float, bool]:
         ratio = abs(math.log(problem[0] / n)) + abs(math.log(problem[1] / k))
         return ratio, (problem[2] > 1) != (groups > 1)
 
-    def fitting(config: LinearTile) -> LinearTile:
-        return config if config.fits_groups(panels_per_group, groups) else ungrouped(config)
+    def fitting(tile: LinearTile) -> LinearTile:
+        return tile if tile.fits_groups(panels_per_group, groups) else ungrouped(tile)
 
     _, layers = _measured_tiles()
-    return tuple((most, fitting(config)) for most, config in layers[min(layers, key=distance)])
+    return tuple((most, fitting(tile)) for most, tile in layers[min(layers, key=distance)])
 
 
 def _read(file: str) -> dict:
@@ -293,16 +293,16 @@ def _measured_tiles() -> tuple[list[LinearTile], dict[tuple[int, int, int], list
     }
 
 
-def ungrouped(config: WideTile) -> WideTile:
+def ungrouped(tile: WideTile) -> WideTile:
     """The nearest tile of one panel, which fits groups of any number of panels."""
-    even = config.tokens // config.output_tokens % 2 == 0  # without TMA stores only these can be persistent
+    even = tile.tokens // tile.output_tokens % 2 == 0  # without TMA stores only these can be persistent
     return replace(
-        config,
+        tile,
         panels=1,
         multicast=1,
-        stages=min(config.stages, 4),
+        stages=min(tile.stages, 4),
         ctas_per_sm=1,
-        persistent=config.persistent and even,
+        persistent=tile.persistent and even,
         lag=0,
         bulk=False,
         tail=0,
@@ -324,12 +324,12 @@ def _general(n: int, k: int, m: int) -> WideTile:
 
 
 def general() -> list[WideTile]:
-    """Every configuration for results with a bias or ragged rows."""
+    """Every tile for results with a bias or ragged rows."""
     return [_general(n, 4096, m) for n in (64, 8192) for m in (1, 64)]
 
 
 def shipped() -> list[LinearTile]:
-    """Every configuration `choose` can return, for ahead-of-time compilation."""
+    """Every tile `choose` can return, for ahead-of-time compilation."""
     measured, _ = _measured_tiles()
     invariant = [_invariant(64 * 8, 512 << i, m) for i in range(8) for m in (1, 64, 1024)]
     alone = [ungrouped(c) for c in measured if isinstance(c, WideTile) and c.panels * c.multicast > 1]
@@ -350,22 +350,22 @@ class ExpertTiles(TilePair):
         return widths[1] - widths[0] if len(widths) > 1 else self.w13.tokens
 
     def check(self) -> None:
-        """Raise ValueError for a configuration the kernels cannot run."""
+        """Raise ValueError for a tile the kernels cannot run."""
         self.check_tokens()
-        for config in (self.w13, self.w2):
-            check_for_experts(config)
+        for tile in (self.w13, self.w2):
+            check_for_experts(tile)
         if self.w13.split_k == MAX_CLUSTER:
             raise ValueError(f"{self.w13}: with split_k = 8 a gate row and its up row lie in different CTAs")
 
 
-def expert_widths(config: WideTile) -> tuple[int, ...]:
+def expert_widths(tile: WideTile) -> tuple[int, ...]:
     """The numbers of tokens that an experts kernel multiplies: a tile with fewer slots takes the next of them.
 
     More than four, or more than one where two CTAs share an SM, take more registers than there are.
     """
-    step = 32 if config.tokens <= 128 else 64
-    widths = tuple(range(step, config.tokens + 1, step))
-    return widths[-4:] if config.ctas_per_sm == 1 else widths[-1:]
+    step = 32 if tile.tokens <= 128 else 64
+    widths = tuple(range(step, tile.tokens + 1, step))
+    return widths[-4:] if tile.ctas_per_sm == 1 else widths[-1:]
 
 
 # (most tokens an expert gets on average, tiles) whose sums do not depend on the batch
@@ -377,19 +377,24 @@ _INVARIANT_EXPERTS = (
 
 
 def choose_experts(
-    hidden: int, intermediate: int, pairs: int, experts: int, known: int, batch_invariant: bool
+    hidden: int,
+    intermediate: int,
+    pairs: int,
+    num_local_experts: int,
+    num_global_experts: int,
+    batch_invariant: bool,
 ) -> ExpertTiles:
-    """The tiles for `pairs` = M * top-k pairs over `known` experts, of which `experts` are local.
+    """The tiles for `pairs` = M * top-k pairs over `num_global_experts`, of which `num_local_experts` are here.
 
     Measured layers take what was fastest for the nearest number of tokens an expert gets on average (by
     ratio), others the rule of the nearest measured layer. With `batch_invariant` only the tokens of a tile
     depend on `pairs`, never the order of a sum.
     """
-    mean = pairs / known
+    mean = pairs / num_global_experts
     if batch_invariant:
-        config = next(config for most, config in _INVARIANT_EXPERTS if mean <= most)
-        return ExpertTiles(config, config)
-    return _measured_experts(experts, hidden, intermediate, mean)
+        tile = next(tile for most, tile in _INVARIANT_EXPERTS if mean <= most)
+        return ExpertTiles(tile, tile)
+    return _measured_experts(num_local_experts, hidden, intermediate, mean)
 
 
 @cache
@@ -397,15 +402,17 @@ def chosen_experts(
     hidden: int,
     intermediate: int,
     topk: int,
-    experts: int,
-    known: int,
+    num_local_experts: int,
+    num_global_experts: int,
     max_tokens: int,
     batch_invariant: bool,
 ) -> dict[ExpertTiles, int]:
     """Every choice of `choose_experts` for 1 .. max_tokens tokens, each with the fewest tokens that take it."""
 
     def choose_for(m: int) -> ExpertTiles:
-        return choose_experts(hidden, intermediate, m * topk, experts, known, batch_invariant)
+        return choose_experts(
+            hidden, intermediate, m * topk, num_local_experts, num_global_experts, batch_invariant
+        )
 
     return tile_choice.chosen(choose_for, max_tokens)
 
@@ -445,10 +452,10 @@ def _measured_expert_tiles() -> tuple[
 def shipped_expert_tiles() -> list[ExpertTiles]:
     """Everything `choose_experts` can return."""
     measured, _ = _measured_expert_tiles()
-    return [*measured, *(ExpertTiles(config, config) for _, config in _INVARIANT_EXPERTS)]
+    return [*measured, *(ExpertTiles(tile, tile) for _, tile in _INVARIANT_EXPERTS)]
 
 
 def shipped_experts() -> list[tuple[LinearTile, bool]]:
-    """Every (configuration, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
+    """Every (tile, whether it is w13's) `choose_experts` can return, for ahead-of-time compilation."""
     pairs = (pair for t in shipped_expert_tiles() for pair in ((t.w13, True), (t.w2, False)))
     return list(dict.fromkeys(pairs))
