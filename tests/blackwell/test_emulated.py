@@ -1,4 +1,4 @@
-"""Blackwell's kernels, as compiled, run on the CPU (tests/gpu_emulator): products, waiting, planted faults.
+"""Blackwell's kernels, as compiled, run on the CPU (tests/support/emulator): products, waiting, planted faults.
 
 The emulator itself is anchored to NVIDIA's own kernel, which runs on the hardware: it has to be right here.
 """

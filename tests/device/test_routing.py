@@ -1,4 +1,4 @@
-"""The routing of Hopper's experts, as compiled, run on the CPU (tests/gpu_emulator)."""
+"""The routing of Hopper's experts, as compiled, run on the CPU (tests/support/emulator)."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every tile of Blackwell's experts, as compiled, run on the CPU (tests/gpu_emulator)."""
+"""Every tile of Blackwell's experts, as compiled, run on the CPU (tests/support/emulator)."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Workstation Blackwell's kernels, as compiled, run on the CPU (tests/gpu_emulator): a tile of every kind.
+"""Workstation Blackwell's kernels, as compiled, run on the CPU (tests/support/emulator): a tile of every kind.
 
-All tiles' addressing: test_sm120_layout.py; the tiles that layers choose: test_blackwell_emulated.py.
+All tiles' addressing: test_layout.py; the tiles that layers choose: tests/blackwell/test_emulated.py.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Hopper's kernels, as compiled, run on the CPU (tests/gpu_emulator): every shipped tile, waves, planted faults."""
+"""Hopper's kernels, as compiled, run on the CPU (tests/support/emulator): every shipped tile, waves, planted faults."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""vllm/cpu_kernels.py: every operator against an implementation that shares no code with it.
+"""vllm/cpu/operators.py: every operator against an implementation that shares no code with it.
 
 That is transformers' DeepSeek-V4 or vLLM's own torch reference where one can be called, and loops in
 float64 written from vLLM's Triton kernels otherwise. Caches are read and written here by functions of

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 
+from ..device.launch import launch
 from ..device.ptx import load_coherent
 from ..format import AMAX_PER_GLOBAL_SCALE, GROUP_SIZE
 from .output import store_words
@@ -48,8 +49,11 @@ class Gather:
             amax: cute.struct.MemRange[Float32, THREADS // 32]
 
         self.shared = Shared
-        self.kernel(mX, mPlaces, mTable, mScale, mCodes, mScales, topk, tokens).launch(
-            grid=(mX.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+        launch(
+            self.kernel(mX, mPlaces, mTable, mScale, mCodes, mScales, topk, tokens),
+            grid=(mX.shape[0], 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
         )
 
     @cute.kernel

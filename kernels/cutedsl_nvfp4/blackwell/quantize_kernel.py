@@ -17,6 +17,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 
+from ..device.launch import launch
 from ..format import AMAX_PER_GLOBAL_SCALE, GROUP_SIZE
 from .rounding import largest, round_group
 
@@ -44,8 +45,11 @@ class Quantize:
     ):
         slots = mScales.shape[1] * 4 * groups
         ctas = 1 if self.dynamic else cute.ceil_div(slots, THREADS)
-        self.kernel(mX, mActScale, mCodes, mScales, groups, k, act_stride).launch(
-            grid=(mX.shape[0], ctas, 1), block=(THREADS, 1, 1), stream=stream, use_pdl=True
+        launch(
+            self.kernel(mX, mActScale, mCodes, mScales, groups, k, act_stride),
+            grid=(mX.shape[0], ctas, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
         )
 
     @cute.kernel

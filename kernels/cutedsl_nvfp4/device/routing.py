@@ -21,6 +21,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 
 from .cluster import address_in_cluster, store_word_in_cluster
+from .launch import launch
 from .ptx import load_coherent, smem_address
 
 MAX_EXPERTS = 1024  # local ones: one thread of Route each
@@ -109,12 +110,12 @@ class Route:
             sums: cute.struct.MemRange[Int32, 64]  # of each warp's experts: 32 of slots, 32 of tiles
 
         self.shared = Shared
-        self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, num_local_experts, tokens, step).launch(
+        launch(
+            self.kernel(mIds, mMap, mPairs, mPlaces, mTable, has_map, num_local_experts, tokens, step),
             grid=(self.ctas, 1, 1),
             block=(ROUTE_THREADS, 1, 1),
             cluster=(self.ctas, 1, 1),
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel
@@ -278,11 +279,11 @@ class Combine:
         stream,
     ):
         vectors = mOut.shape[1] // VECTOR
-        self.kernel(mY, mIds, mMap, mWeights, mOut, has_map, num_local_experts).launch(
+        launch(
+            self.kernel(mY, mIds, mMap, mWeights, mOut, has_map, num_local_experts),
             grid=(mOut.shape[0] * cute.ceil_div(vectors, COMBINE_THREADS), 1, 1),
             block=(COMBINE_THREADS, 1, 1),
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

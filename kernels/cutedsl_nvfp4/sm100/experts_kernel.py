@@ -38,6 +38,7 @@ from ..blackwell.output import Output, store_words
 from ..blackwell.rounding import round_group, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
+from ..device.launch import launch
 from ..device.ptx import load_coherent, load_words, smem_address
 from ..format import GROUP_SIZE
 from .ptx import fence_after_wait, fence_before_arrive, store_bf16
@@ -264,26 +265,27 @@ class ExpertsKernel:
 
         self.shared = self.shared_storage(layouts)
         row_tiles = cute.ceil_div(weights.shape[0], t.rows if self.activated else t.rows * t.panels)
-        self.kernel(
-            Operands(
-                Operand(weight_atom, tWeights),
-                Operand(token_atom, tTokens),
-                Operand(weight_scale_atom, tWeightScales),
-                Operand(token_scale_atom, tTokenScales),
+        launch(
+            self.kernel(
+                Operands(
+                    Operand(weight_atom, tWeights),
+                    Operand(token_atom, tTokens),
+                    Operand(weight_scale_atom, tWeightScales),
+                    Operand(token_scale_atom, tTokenScales),
+                ),
+                mRowScale,
+                mActScale,
+                mTable,
+                mPairs,
+                mOut,
+                mOutScales,
+                mOutActScale,
+                by_slot,
+                by_expert,
+                out_by_expert,
+                limit,
+                row_tiles,
             ),
-            mRowScale,
-            mActScale,
-            mTable,
-            mPairs,
-            mOut,
-            mOutScales,
-            mOutActScale,
-            by_slot,
-            by_expert,
-            out_by_expert,
-            limit,
-            row_tiles,
-        ).launch(
             grid=(
                 cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas // t.ctas_per_mma) * t.ctas_per_mma,
                 1,
@@ -293,7 +295,6 @@ class ExpertsKernel:
             cluster=self.cluster,
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

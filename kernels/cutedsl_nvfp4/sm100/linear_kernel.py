@@ -54,6 +54,7 @@ from cutlass import Float4E2M1FN, Float8E4M3FN, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from ..device.cluster import address_in_cluster, store_in_cluster
+from ..device.launch import launch
 from ..device.ptx import smem_address
 from ..device.ring import advance
 from ..device.views import partition_loads
@@ -251,33 +252,33 @@ class LinearKernel:
         ctas = tiles * t.cluster
         if cutlass.const_expr(t.split_k == 1):
             ctas = cutlass.min(tiles, cutlass.max(max_ctas // t.ctas_per_mma, 1)) * t.ctas_per_mma
-        self.kernel(
-            mma,
-            Operands(
-                Operand(weight_atom, tWeights),
-                Operand(token_atom, tTokens),
-                Operand(weight_scale_atom, tWeightScales),
-                Operand(token_scale_atom, tTokenScales),
+        launch(
+            self.kernel(
+                mma,
+                Operands(
+                    Operand(weight_atom, tWeights),
+                    Operand(token_atom, tTokens),
+                    Operand(weight_scale_atom, tWeightScales),
+                    Operand(token_scale_atom, tTokenScales),
+                ),
+                mActScale,
+                mRowScale,
+                mBias,
+                mOut,
+                group_rows,
+                act_stride,
+                has_bias,
+                token_group,
+                token_tiles,
+                row_tiles,
+                layouts["weights"],
+                layouts["tokens"],
             ),
-            mActScale,
-            mRowScale,
-            mBias,
-            mOut,
-            group_rows,
-            act_stride,
-            has_bias,
-            token_group,
-            token_tiles,
-            row_tiles,
-            layouts["weights"],
-            layouts["tokens"],
-        ).launch(
             grid=(ctas, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(t.cluster, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

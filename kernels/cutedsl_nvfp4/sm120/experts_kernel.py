@@ -28,6 +28,7 @@ from ..blackwell.ptx import decode_e4m3, encode_e4m3
 from ..blackwell.rounding import divide, scale_offset
 from ..blackwell.variants import Result
 from ..device.activation import swiglu
+from ..device.launch import launch
 from ..device.ptx import load_coherent, settle
 from ..format import E2M1_MAX
 from .lanes import bf16_piece, shuffle, transpose_bytes
@@ -106,27 +107,27 @@ class ExpertsKernel(Mainloop):
         if cutlass.const_expr(self.result is Result.NVFP4):
             rows = mOutScales.shape[1] * 64  # up to the end of the last scale word: the rest is zero
         row_tiles = cute.ceil_div(rows, t.panel_rows)
-        self.kernel(
-            operands,
-            mRowScale,
-            mActScale,
-            mTable,
-            mPairs,
-            mOut,
-            mOutScales,
-            mOutActScale,
-            by_slot,
-            by_expert,
-            out_by_expert,
-            limit,
-            row_tiles,
-            cute.ceil_div(mScales.shape[2], t.k_blocks),
-        ).launch(
+        launch(
+            self.kernel(
+                operands,
+                mRowScale,
+                mActScale,
+                mTable,
+                mPairs,
+                mOut,
+                mOutScales,
+                mOutActScale,
+                by_slot,
+                by_expert,
+                out_by_expert,
+                limit,
+                row_tiles,
+                cute.ceil_div(mScales.shape[2], t.k_blocks),
+            ),
             grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
             block=(t.threads, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

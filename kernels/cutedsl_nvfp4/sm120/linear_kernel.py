@@ -29,6 +29,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint32
 
 from ..blackwell.output import store_words
+from ..device.launch import launch
 from ..device.ptx import settle
 from .lanes import bf16_piece, f32_pieces
 from .mainloop import SCALE_LINE, Addresses, Load, Mainloop, Operands, Ring, Stages, empty_sums, layouts
@@ -105,24 +106,24 @@ class LinearKernel(Mainloop):
         self.shared = self.shared_storage()
         token_tiles = cute.ceil_div(mX.shape[0], t.tokens)
         row_tiles = cute.ceil_div(mCodes.shape[0] // groups, t.rows)
-        self.kernel(
-            operands,
-            mActScale,
-            mRowScale,
-            mBias,
-            mOut,
-            act_stride,
-            groups,
-            token_group,
-            token_tiles,
-            row_tiles,
-            cute.ceil_div(k_blocks, t.k_blocks),
-        ).launch(
+        launch(
+            self.kernel(
+                operands,
+                mActScale,
+                mRowScale,
+                mBias,
+                mOut,
+                act_stride,
+                groups,
+                token_group,
+                token_tiles,
+                row_tiles,
+                cute.ceil_div(k_blocks, t.k_blocks),
+            ),
             grid=(cutlass.min(token_tiles * row_tiles * groups, max_ctas), 1, 1),
             block=(t.threads, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

@@ -28,6 +28,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from ..device.activation import swiglu
+from ..device.launch import launch
 from ..device.ptx import smem_address
 from ..device.ring import advance, init_ring
 from ..device.routing import Entry, table_counts, table_entry
@@ -102,24 +103,24 @@ class NarrowExpertsKernel(NarrowLinearKernel):
             partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
 
         self.shared = Shared
-        self.kernel(
-            mX,
-            weights,
-            mRowScale,
-            mPairs,
-            mTable,
-            mOut,
-            topk,
-            limit,
-            Uint32(scale_bias),
-            layouts,
-        ).launch(
+        launch(
+            self.kernel(
+                mX,
+                weights,
+                mRowScale,
+                mPairs,
+                mTable,
+                mOut,
+                topk,
+                limit,
+                Uint32(scale_bias),
+                layouts,
+            ),
             grid=self.grid(mCodes.shape[1], mTable.shape[0] - 1, max_ctas),
             block=(t.threads, 1, 1),
             cluster=(t.split_k, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     def grid(self, panels: Int32, tiles: Int32, max_ctas: Int32) -> tuple:

@@ -23,6 +23,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from ..device.activation import swiglu
+from ..device.launch import launch
 from ..device.ptx import load_words, pack_bf16, settle, smem_address
 from ..device.ring import advance, init_ring
 from ..device.routing import Entry, table_counts, table_entry
@@ -127,25 +128,25 @@ class WideExpertsKernel(WideLinearKernel):
 
         self.shared = Shared
         row_tiles = cute.ceil_div(mCodes.shape[1], t.panels)
-        self.kernel(
-            mX,
-            weights,
-            mRowScale,
-            mPairs,
-            mTable,
-            mOut,
-            topk,
-            limit,
-            Uint32(scale_bias),
-            row_tiles,
-            layouts,
-        ).launch(
+        launch(
+            self.kernel(
+                mX,
+                weights,
+                mRowScale,
+                mPairs,
+                mTable,
+                mOut,
+                topk,
+                limit,
+                Uint32(scale_bias),
+                row_tiles,
+                layouts,
+            ),
             grid=(cutlass.min((mTable.shape[0] - 1) * row_tiles, max_ctas), 1, 1),
             block=(self.threads, 1, 1),
             preferred_smem_carveout=100,  # per cent: ctas_per_sm counts on all of it
             min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

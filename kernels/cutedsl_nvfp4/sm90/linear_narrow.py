@@ -35,6 +35,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import cpasync
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
+from ..device.launch import launch
 from ..device.ptx import load_matrices, load_words, smem_address
 from ..device.ring import advance, init_ring
 from ..device.views import partition_loads
@@ -123,21 +124,21 @@ class NarrowLinearKernel:
             partials: cute.struct.Align[cute.struct.MemRange[Float32, t.partial_bytes // 4], 128]
 
         self.shared = Shared
-        self.kernel(
-            x_atom,
-            tX,
-            weights,
-            Results(mRowScale, mBias, mOut),
-            panels_per_group,
-            Uint32(scale_bias),
-            layouts,
-        ).launch(
+        launch(
+            self.kernel(
+                x_atom,
+                tX,
+                weights,
+                Results(mRowScale, mBias, mOut),
+                panels_per_group,
+                Uint32(scale_bias),
+                layouts,
+            ),
             grid=(mCodes.shape[0] * t.split_k, cute.ceil_div(mX.shape[0], tokens), 1),
             block=(t.threads, 1, 1),
             cluster=(t.split_k, 1, 1),
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.kernel

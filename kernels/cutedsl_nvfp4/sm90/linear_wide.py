@@ -43,6 +43,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint32
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
+from ..device.launch import launch
 from ..device.ptx import load_words, pack_bf16, settle, smem_address
 from ..device.ring import advance, init_ring
 from ..device.store import store_words
@@ -217,24 +218,24 @@ class WideLinearKernel:
         token_tiles = cute.ceil_div(mX.shape[0], tokens)
         row_tiles = cute.round_up(cute.ceil_div(panels, t.panels), t.multicast)
         whole, items, ctas = self.share_tiles(token_tiles * row_tiles, max_ctas)
-        self.kernel(
-            x_atom,
-            tX,
-            weights,
-            Results(mRowScale, mBias, mOut),
-            panels_per_group,
-            Uint32(scale_bias),
-            Grid(token_group, token_tiles, row_tiles, whole, items),
-            layouts,
-            bulk,
-        ).launch(
+        launch(
+            self.kernel(
+                x_atom,
+                tX,
+                weights,
+                Results(mRowScale, mBias, mOut),
+                panels_per_group,
+                Uint32(scale_bias),
+                Grid(token_group, token_tiles, row_tiles, whole, items),
+                layouts,
+                bulk,
+            ),
             grid=(ctas, 1, 1),
             block=(t.threads, 1, 1),
             preferred_smem_carveout=100,  # per cent: ctas_per_sm counts on all of it
             cluster=(t.split_k * t.multicast, 1, 1),
             min_blocks_per_mp=t.ctas_per_sm,
             stream=stream,
-            use_pdl=True,
         )
 
     @cute.jit
