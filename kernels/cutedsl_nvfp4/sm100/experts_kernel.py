@@ -499,6 +499,7 @@ class ExpertsKernel:
             mask = cpasync.create_tma_multicast_mask(layouts.scale_cluster, scale_coordinate, mcast_mode=1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, t.stages)
         # Issue the first weights: no kernel on the stream writes them, so they need not wait for the previous one.
+        # Acquiring their stages does not wait either: nothing has been loaded into the ring yet.
         early = Int32(0)  # stages that have their weights, and whose bytes have been announced
         expert, first_slot, _, _ = load_coherent(units.table + Int64(units.first // units.row_tiles + 1) * 16)
         if units.first < units.number:
@@ -658,7 +659,7 @@ class ExpertsKernel:
                 # Hand the accumulators to the epilogue
                 sums.producer_commit(sums_state)
             sums_state.advance()
-        # The other CTA's epilogue arrives at this CTA's barriers: not after it has ended.
+        # Epilogues, the other CTA's too, still arrive at this CTA's barriers: it must not end before.
         sums.producer_tail(sums_state)
 
     def accumulator_load(
@@ -767,8 +768,8 @@ class ExpertsKernel:
                     if last and e + t.epilogue_groups >= count:
                         fence_before_arrive()
                         sums.consumer_release(state)
-                    # Stage the chunk, in the half that was not used last: who still reads the other is not overwritten,
-                    # and who wrote this one has met all since, so that one barrier a chunk is enough.
+                    # Stage the chunk in the half that was not used last. Slow threads may still read that one; those
+                    # that read this one have met all since. So one barrier a chunk is enough.
                     buffer = staged + half * half_bytes
                     half = half ^ 1
                     row_scales = factors if self.activated else factors[turn : turn + 1]

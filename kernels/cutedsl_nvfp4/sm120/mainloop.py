@@ -61,8 +61,8 @@ class Stages(NamedTuple):
 
     token_codes: cute.Tensor  # uint8 (rows, bytes of k, stages)
     token_scales: cute.Tensor  # uint8 (16 bytes, rows of a band, k blocks, scale tiles, stages)
-    row_codes: cute.Tensor
-    row_scales: cute.Tensor
+    row_codes: cute.Tensor  # as the tokens'
+    row_scales: cute.Tensor  # as the tokens'
 
 
 class Load(NamedTuple):
@@ -287,7 +287,12 @@ class Mainloop:
             address = row_scales + stage * t.row_scale_bytes + line + panel * (t.row_scale_bytes // t.panels)
             load_scales(rSB, buffer, panel * bands, address, bands)
 
-    def multiply_block(self, acc: cute.Tensor, fragments: Fragments, buffer: int):
+    def multiply_block(
+        self,
+        acc: cute.Tensor,  # f32 (4, row MMAs, token MMAs)
+        fragments: Fragments,
+        buffer: int,
+    ):
         """acc[:, row MMA, token MMA] += the k block in registers `buffer`."""
         t = self.tile
         rA, rB, rSA, rSB = fragments
@@ -332,7 +337,7 @@ class Mainloop:
 
     @cute.jit
     def load_first(self, loads: Loads, ring: Ring, early: Int32, place: tuple):
-        """Issue the weights of the first `early` stages.
+        """Issue the weights of the first `early` stages of `place`, a tile as the subclass names it.
 
         No kernel on the stream writes them, so they need not wait for the previous one. No wait for `empty` either:
         nothing has been loaded into the ring yet.
