@@ -17,6 +17,18 @@ def import_peers(peers: Sequence[type], names: list[str]) -> tuple[list, dict[st
     return found, missing
 
 
+def empty_result(missing: dict[str, str], limits: dict[str, float]) -> dict:
+    """What a file of rows says of its run: GPU, versions, missing peers and the ceilings measured."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "missing_peers": missing,
+        "ceilings": limits,
+        "rows": [],
+    }
+
+
 class Humming:
     """What stock vLLM 0.32.0 runs on Hopper: an NVFP4 checkpoint's tensors -> Humming's."""
 

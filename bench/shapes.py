@@ -1,5 +1,6 @@
 """Every linear of DeepSeek-V4 Pro and Flash at every tensor-parallel size, their experts, the token counts."""
 
+import argparse
 from dataclasses import dataclass
 
 TOKENS = tuple(2**i for i in range(14))  # 1 ... 8192
@@ -89,3 +90,23 @@ EXPERT_CASES = (
     ExpertCase("pro_ep8_all_local", 48, 48, 6, 7168, 3072),  # heavy: every choice falls on this rank
     ExpertCase("pro_ep8", 48, 384, 6, 7168, 3072),  # 0.75 of a token's 6 choices on average
 )
+
+
+def linear_parser(doc: str) -> argparse.ArgumentParser:
+    """Arguments of a program that measures linears."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--seconds", type=float, default=500.0)
+    return parser
+
+
+def experts_parser(doc: str) -> argparse.ArgumentParser:
+    """Arguments of a program that measures experts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out")
+    parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
+    parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
+    parser.add_argument("--seconds", type=float, default=500.0)
+    return parser

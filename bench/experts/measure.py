@@ -8,7 +8,6 @@ against float64 on sampled tokens; so is a path that rounds to bf16 what must be
 the experts really touched, tokens in and out, and the intermediates, with the ceilings of the same run.
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -19,9 +18,9 @@ import torch
 from bench import choice
 from bench.experts.choose import parse_tiles
 from bench.experts.peers import EXPERT_PEERS
-from bench.peers import import_peers
+from bench.peers import empty_result, import_peers
 from bench.report import OURS, save
-from bench.shapes import EXPERT_CASES, EXPERT_TOKENS, ExpertCase
+from bench.shapes import EXPERT_CASES, ExpertCase, experts_parser
 from bench.timing import DATASHEET_BYTES_PER_S, DATASHEET_FLOPS, capture, ceilings, interleaved
 from cutedsl_nvfp4.reference import dequantize, swiglu
 from cutedsl_nvfp4.sm90.experts import run
@@ -175,15 +174,9 @@ def measure(layer: Layer, prepared: dict, m: int, routing: str, limits: dict, tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out")
-    parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
-    parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
+    parser = experts_parser(__doc__)
     parser.add_argument("--routing", default="uniform,zipf")
     parser.add_argument("--peers", default=",".join(peer.name for peer in EXPERT_PEERS))
-    parser.add_argument("--seconds", type=float, default=500.0)
     parser.add_argument(
         "--tuned", help="rows of bench/experts/tune.py: take their best tiles, not choose_experts'"
     )
@@ -193,14 +186,7 @@ def main() -> None:
     print("missing peers:", missing or "none", flush=True)
     tuned = best_tiles(arguments.tuned) if arguments.tuned else {}
     limits = ceilings()
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "missing_peers": missing,
-        "ceilings": limits,
-        "rows": [],
-    }
+    result = empty_result(missing, limits)
     print(result["gpu"], limits, flush=True)
     for case in EXPERT_CASES:
         if case.name not in arguments.cases.split(","):

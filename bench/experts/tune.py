@@ -6,7 +6,6 @@ Every tile is tried for both products at once, then the best w13 with every w2 o
 other way round. The result of the first configuration of a token count is the reference: others must agree.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 
 from bench.experts import candidates
 from bench.experts.measure import Layer, floor_us, routed_inputs
-from bench.shapes import EXPERT_CASES, EXPERT_TOKENS
+from bench.shapes import EXPERT_CASES, experts_parser
 from bench.timing import capture, ceilings, microseconds
 from cutedsl_nvfp4.sm90.tiles import ExpertTiles
 
@@ -68,14 +67,8 @@ def measure(layer: Layer, m: int, routing: str, limits: dict, file, deadline: fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out")
-    parser.add_argument("--cases", default=",".join(case.name for case in EXPERT_CASES))
-    parser.add_argument("--tokens", default=",".join(map(str, EXPERT_TOKENS)))
+    parser = experts_parser(__doc__)
     parser.add_argument("--routing", default="uniform", help="uniform, zipf, or both separated by a comma")
-    parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     limits = ceilings()

@@ -9,7 +9,6 @@ sampled rows. `floor_us` uses the ceilings measured in the same run, `datasheet_
 bench/warm.py before it, and CUTEDSL_NVFP4_KERNELS, spare the run the peers' and this project's compilers.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,9 +17,9 @@ import torch
 
 from bench.linear.peers import PEERS, clone
 from bench.linear.tune import exact_product, operands, relative_error
-from bench.peers import import_peers
+from bench.peers import empty_result, import_peers
 from bench.report import OURS, save
-from bench.shapes import TOKENS, Shape, selected_shapes
+from bench.shapes import Shape, linear_parser, selected_shapes
 from bench.timing import (
     DATASHEET_BYTES_PER_S,
     DATASHEET_FLOPS,
@@ -102,27 +101,14 @@ def measure(shape: Shape, tokens: list[int], peers: list, limits: dict, rows: li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out")
-    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser = linear_parser(__doc__)
     parser.add_argument("--peers", default=",".join(peer.name for peer in PEERS))
-    parser.add_argument("--seconds", type=float, default=500.0)
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     peers, missing = import_peers(PEERS, arguments.peers.split(","))
     print("missing peers:", missing or "none", flush=True)
     limits = ceilings()
-    result = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "missing_peers": missing,
-        "ceilings": limits,
-        "rows": [],
-    }
+    result = empty_result(missing, limits)
     print(limits, flush=True)
     for shape in selected_shapes(arguments.shapes):
         if time.monotonic() > deadline:

@@ -9,7 +9,6 @@ with `--known` none that took more than 1.06 times the best's time in those rows
 and has more to do than the best (candidates.estimate).
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 
 from bench.linear import candidates
 from bench.linear.choose import read
-from bench.shapes import TOKENS, Shape, selected_shapes
+from bench.shapes import Shape, linear_parser, selected_shapes
 from bench.timing import capture, copies, microseconds
 from cutedsl_nvfp4.reference import dequantize
 from cutedsl_nvfp4.sm90.layout import pack_linear
@@ -140,13 +139,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("out")
-    parser.add_argument("--shapes", default=":", help="slice of the shape list, or names separated by commas")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--seconds", type=float, default=500.0)
+    parser = linear_parser(__doc__)
     parser.add_argument("--known", help="rows of an earlier run")
     parser.add_argument("--without", default="", help="no configurations whose repr contains one of these")
     arguments = parser.parse_args()

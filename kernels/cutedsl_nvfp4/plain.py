@@ -7,13 +7,8 @@ def lay_out_linear(codes: torch.Tensor, block_scales: torch.Tensor, groups: int)
     return codes, block_scales
 
 
-def lay_out_experts(
-    w13_codes: torch.Tensor,
-    w13_block_scales: torch.Tensor,
-    w2_codes: torch.Tensor,
-    w2_block_scales: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    return w13_codes, w13_block_scales, w2_codes, w2_block_scales
+def lay_out_experts(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return operands
 
 
 def plain_linear(
@@ -22,12 +17,6 @@ def plain_linear(
     return codes, block_scales
 
 
-def plain_experts(
-    w13_codes: torch.Tensor,
-    w13_block_scales: torch.Tensor,
-    w2_codes: torch.Tensor,
-    w2_block_scales: torch.Tensor,
-    hidden: int,
-    intermediate: int,
-) -> tuple[torch.Tensor, ...]:
+def plain_experts(*operands: torch.Tensor | int) -> tuple[torch.Tensor, ...]:
+    w13_codes, w13_block_scales, w2_codes, w2_block_scales, _, _ = operands
     return w13_codes, w13_block_scales, w2_codes, w2_block_scales

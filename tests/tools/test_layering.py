@@ -101,7 +101,9 @@ def test_programs_without_suffix_only_forward():
     forwarding = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.suffix]
     assert len(forwarding) == 9
     for path in forwarding:
-        (target,) = re.findall(r'parents\[1\] / "(.*)"', path.read_text())
-        assert "os.execv" in path.read_text() and (ROOT / target).is_file() and os.access(path, os.X_OK)
+        text = path.read_text()
+        (target,) = re.findall(r'(?:parents\[1\] / |with_name\()"(.*)"', text)
+        folder = path.parent if "with_name" in text else ROOT
+        assert "os.execv" in text and (folder / target).is_file() and os.access(path, os.X_OK)
         answer = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd="/")
         assert answer.returncode == 0 and "usage:" in answer.stdout, answer.stderr

@@ -4,19 +4,20 @@ import re
 from pathlib import Path
 
 from cutedsl_nvfp4.family import Kernel
-from cutedsl_nvfp4.sm100.tiles import TILE_K, GroupedTile
-from devtools.kernels.sass.machine_code import read
+from cutedsl_nvfp4.sm100.tiles import TILE_K, GroupedTile, LinearTile
+from devtools.kernels.sass.machine_code import MachineCode, read
 
 OTHER_PER_MMA = 19.0  # most instructions beside each MMA of the main loop; NVIDIA's own examples: bench/sass
 
 
 def problems(cubin: Path, kernel: Kernel) -> list[str]:
     """What is wrong with `kernel`'s machine code; of one that multiplies nothing only spills are."""
-    tile = kernel.tile
-    code = read(cubin)
-    wrong = code.problems()
-    if tile is None:
-        return wrong
+    code, tile = read(cubin), kernel.tile
+    return code.problems() + (main_loop_problems(code, tile) if tile else [])
+
+
+def main_loop_problems(code: MachineCode, tile: LinearTile | GroupedTile) -> list[str]:
+    wrong = []
     expected = TILE_K // 64 * (tile.panels if isinstance(tile, GroupedTile) else 1)
     # as sm_100a and sm_103a call it
     instruction = rf"UTCOMMA{'[.]2CTA' * (tile.ctas_per_mma - 1)}[.](4X|BLOCK16)"

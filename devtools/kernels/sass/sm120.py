@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from cutedsl_nvfp4.family import Kernel
-from devtools.kernels.sass.machine_code import read
+from cutedsl_nvfp4.sm120.tiles import LinearTile
+from devtools.kernels.sass.machine_code import MachineCode, read
 
 INSTRUCTION = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
 OTHER_PER_WARP = (
@@ -13,11 +14,12 @@ OTHER_PER_WARP = (
 
 def problems(cubin: Path, kernel: Kernel) -> list[str]:
     """What is wrong with `kernel`'s machine code; of one that multiplies nothing only spills are."""
-    tile = kernel.tile
-    code = read(cubin)
-    wrong = code.problems()
-    if tile is None:
-        return wrong
+    code, tile = read(cubin), kernel.tile
+    return code.problems() + (main_loop_problems(code, tile) if tile else [])
+
+
+def main_loop_problems(code: MachineCode, tile: LinearTile) -> list[str]:
+    wrong = []
     expected = tile.warp_blocks * (tile.warp_rows // 8) * (tile.warp_tokens // 16)
     if code.mma != {INSTRUCTION: expected} or code.mma_everywhere != code.mma:
         wrong.append(
