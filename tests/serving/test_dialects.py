@@ -29,7 +29,7 @@ from recipe.model import empty_model
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
 from tests.support.paths import DEMO
-from tests.support.processor import has_block_fp8, need
+from tests.support.processor import has_avx512_bf16, has_block_fp8, need
 from tests.support.servers.vllm import Server, ServerDied
 
 DOCUMENTS = json.loads((DEMO / "expected.json").read_text())["documents"]
@@ -431,11 +431,13 @@ def served(tmp_path_factory):
 class TestServed:
     def test_o_a_in_bf16_without_input_scales(self, served):
         """Against transformers on the same weights, wo_a in NVFP4: bf16 rounds it once more."""
+        need(has_avx512_bf16())
         expected = [document["logprobs"] for document in DOCUMENTS]
         assert distance(served("o_a-bf16-weight-only"), expected) < 0.005
 
     @pytest.mark.parametrize("dialect", ["transformers-o_a-bf16", "compressed-tensors-o_a-bf16"])
     def test_the_same_numbers_give_the_same_log_probabilities(self, served, dialect):
+        need(has_avx512_bf16())
         assert served(dialect) == served("o_a-bf16-weight-only")
 
     def test_fp8_attention_by_compressed_tensors(self, served):

@@ -1,8 +1,8 @@
 """vLLM against transformers' DeepSeek-V4 in f32: log-probabilities over HTTP, and every part of every layer.
 
 Log-probabilities show what a user sees, but some errors hide below their floor; the parts, compared on the same
-input, show those. Each error of planted_errors.py is planted into the reference and has to turn a comparison red.
-docs/correctness.md holds the tables that `pytest tests/serving/test_parity.py -rP` prints.
+input, show those. Each error of support/faults/reference_model.py is planted into the reference, and has to turn a
+comparison red. docs/correctness.md holds the tables that `pytest tests/serving/test_parity.py -rP` prints.
 """
 
 import json
@@ -21,7 +21,7 @@ from tests.support.faults.reference_model import PLANTED
 from tests.support.parity.record_layers import DECODED
 from tests.support.parity.reference_model import prompt_logprobs, reference_model
 from tests.support.parity.replay import Figures, replay
-from tests.support.paths import DEMO
+from tests.support.paths import DEMO, ROOT
 from tests.support.processor import has_avx512_bf16, need
 from tests.support.servers.vllm import Server, environment
 
@@ -207,7 +207,7 @@ class TestLayers:
         folder = tmp_path_factory.mktemp("layers")
         checkpoint = write_random(folder / "nvfp4", hash_layers=1, gate_gain=4)
         (folder / "ids.json").write_text(json.dumps(random_prompts()[3000][0][:RECORDED_LENGTH]))
-        recorder = Path(__file__).with_name("record_layers.py")
+        recorder = ROOT / "tests/support/parity/record_layers.py"
         command = [sys.executable, recorder, checkpoint, folder / "ids.json", folder / "rows.safetensors"]
         run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
