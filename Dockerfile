@@ -5,7 +5,9 @@ ARG BASE_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${BASE_IMAGE} AS wheel
 ARG SOURCE_DATE_EPOCH=0
 COPY kernels/ /src/
+# The wheel keeps the modes of data files, and the image its hash: a clone's umask must not show.
 RUN set -eux; \
+    chmod -R u=rwX,go=rX /src; \
     python3 -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --no-index --wheel-dir /wheel /src; \
     ls -l /wheel
 
