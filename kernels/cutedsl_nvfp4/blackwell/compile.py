@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import cutlass
-import torch
 
 from ..compiled import compile_kernel
-from ..device.fake_operands import CUTE_TYPE, activations, integers, sizes, stream, tensor, vector
-from ..device.routing import Combine, SlotRoute
+from ..device.fake_operands import activations, integers, sizes, stream, tensor, vector
+from ..device.routing import SlotRoute
 from .gather_kernel import Gather
 from .quantize_kernel import Quantize
 
@@ -57,18 +56,3 @@ def compile_route(arch: str, options: str = "") -> Callable:
         tensor(I32, entries, 4), *integers(3), stream(),
     )  # fmt: skip
     return compile_kernel(SlotRoute(), *arguments, arch=arch, options=options)
-
-
-def compile_combine(topk: int, out_dtype: torch.dtype, arch: str, options: str = "") -> Callable:
-    """f(y [M * T, H], ids [M * T], expert map, weights [M * T], out, whether there is a map, local experts)."""
-    m, pairs, global_experts, hidden = sizes(4)
-    arguments = (
-        tensor(cutlass.BFloat16, pairs, hidden),
-        vector(I32, pairs),
-        vector(I32, global_experts),
-        vector(F32, pairs),
-        tensor(CUTE_TYPE[out_dtype], m, hidden),
-        *integers(2),
-        stream(),
-    )
-    return compile_kernel(Combine(topk), *arguments, arch=arch, options=options)

@@ -12,8 +12,9 @@ routing. Both families run this; their products and tiles differ.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -24,8 +25,6 @@ from ..tile_choice import TilePair
 from .variants import Result, Scale
 
 TOPKS = (6, 8)  # compiled ahead of time
-
-Product = Callable[[object, Result, str], Kernel]  # (tile, result, arch) -> the family's kernel
 
 
 def _check_weights(w13, w2, act_scales, hidden: int, intermediate: int) -> None:
@@ -55,118 +54,149 @@ def _owner(act_scale: torch.Tensor | None) -> Scale:
     return Scale.TENSOR if act_scale.numel() == 1 else Scale.EXPERT
 
 
-def run(
-    x: torch.Tensor,  # bf16 [M, H]
-    w13: tuple[torch.Tensor, torch.Tensor, torch.Tensor],  # codes, block scales, row scale
-    w2: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    topk_weights: torch.Tensor,  # f32 [M, T]
-    topk_ids: torch.Tensor,  # int [M, T]
-    act_scales: tuple[torch.Tensor | None, torch.Tensor | None],  # of x, of the intermediate
-    expert_map: torch.Tensor | None,  # int [global experts]
-    *,
-    hidden: int,
-    intermediate: int,
-    swiglu_limit: float | None,
-    out_dtype: torch.dtype,
-    batch_invariant: bool,
-    choose: Callable[[int, int], TilePair],  # of (pairs, global experts)
-    product: Product,
-    out: torch.Tensor | None,
-) -> torch.Tensor:
-    """`experts.run` of a family that takes its tiles from `choose` and its products from `product`."""
-    experts = w13[0].shape[0]
-    check_experts_call(
-        x, (*w13, *w2), topk_weights, topk_ids, expert_map, hidden, intermediate, experts, out_dtype
-    )
-    if batch_invariant:
-        raise ValueError("the Blackwell kernels do not promise batch-invariant results")
-    _check_weights(w13, w2, act_scales, hidden, intermediate)
-    m, topk = topk_ids.shape
-    out = experts_result(out, m, hidden, out_dtype, x.device)
-    if m == 0:
+@dataclass(frozen=True)
+class Experts:
+    """family.Experts of a Blackwell family."""
+
+    family: str  # the folder, whose `compile` compiles the products
+    tiles: ModuleType  # its `tiles`, which chooses them
+
+    def run(
+        self,
+        x: torch.Tensor,  # bf16 [M, H]
+        w13_codes: torch.Tensor,  # uint8 [E, 2I, H'/2], gate rows first; H' = H rounded up to 32
+        w13_block_scales: torch.Tensor,  # uint8 [E, 2 * ceil(I/128), ceil(H/64), 32, 16], gate's tiles first
+        w13_row_scale: torch.Tensor,  # f32 [E, 2I]
+        w2_codes: torch.Tensor,  # uint8 [E, H, I'/2]
+        w2_block_scales: torch.Tensor,  # uint8 [E, ceil(H/128), ceil(I/64), 32, 16]
+        w2_row_scale: torch.Tensor,  # f32 [E, H]
+        topk_weights: torch.Tensor,  # f32 [M, T]
+        topk_ids: torch.Tensor,  # int [M, T], global expert ids; others are skipped
+        act_scale_13: torch.Tensor | None = None,  # f32 [1] or [E]; None: per token
+        act_scale_2: torch.Tensor | None = None,  # f32 [1] or [E]; None: per pair
+        expert_map: torch.Tensor | None = None,  # int [global experts] -> local id or -1
+        *,
+        hidden: int,
+        intermediate: int,
+        swiglu_limit: float | None = None,
+        out_dtype: torch.dtype = torch.bfloat16,
+        batch_invariant: bool = False,
+        tiles: TilePair | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mixture of NVFP4 experts -> [M, H] of `out_dtype`, W4A4, on torch's current stream; see reference.experts.
+
+        Weights come from `prepare_experts` for Layout.BLOCK_SCALED. They, row scales, activation scales,
+        topk_weights, topk_ids and expert_map follow the rule of `linear.run`: no kernel that lets its
+        successor start early may write them. A pair whose id is negative, unknown or maps to -1 adds nothing. The
+        result is the same in every run. `tiles` overrides the choice, `out` receives the result instead of
+        new memory. Raises ValueError for operands that do not fit.
+        """
+        w13, w2 = (w13_codes, w13_block_scales, w13_row_scale), (w2_codes, w2_block_scales, w2_row_scale)
+        experts = w13_codes.shape[0]
+        check_experts_call(
+            x, (*w13, *w2), topk_weights, topk_ids, expert_map, hidden, intermediate, experts, out_dtype
+        )
+        if batch_invariant:
+            raise ValueError("the Blackwell kernels do not promise batch-invariant results")
+        _check_weights(w13, w2, (act_scale_13, act_scale_2), hidden, intermediate)
+        m, topk = topk_ids.shape
+        out = experts_result(out, m, hidden, out_dtype, x.device)
+        if m == 0:
+            return out
+        if topk == 0:
+            return out.zero_()
+        arch, x = arch_of(x.device), addressable(x)
+        ids = topk_ids.to(torch.int32).contiguous().view(-1)
+        weights = topk_weights.to(torch.float32).contiguous().view(-1)
+        local_of = ids if expert_map is None else expert_map.to(torch.int32).contiguous()
+        pairs = m * topk
+        if tiles is None:
+            tiles = self.tiles.choose_experts(pairs, experts if expert_map is None else expert_map.shape[0])
+        most, tokens = tiles.most_tiles(pairs, experts), tiles.tokens
+        slots, atoms = most * tokens, most * tiles.w13.scale_atoms
+
+        def scratch(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        pair_of_slot = scratch(slots, dtype=torch.int32)
+        places = scratch(pairs, dtype=torch.int32)
+        table = scratch(1 + most, 4, dtype=torch.int32)
+        local = (int(expert_map is not None), experts)
+        _route(arch).load()(ids, local_of, pair_of_slot, places, table, *local, tokens)
+
+        def rounded(rows: int, act_scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            """(codes, block scales, act scale of every slot where none is known) of slots of `rows` values."""
+            codes, scales = scratch(slots, padded_k(rows) // 2), scratch(atoms, -(-rows // 64), 32, 16)
+            scale = scratch(slots, dtype=torch.float32) if act_scale is None else act_scale.view(-1)
+            return codes, scales, scale
+
+        def multiply(
+            tile: object, result: Result, weight, source, act_scale, target, out_scales, out_act_scale
+        ) -> None:
+            codes, scales, scale = source
+            of_token, of_expert = act_scale is None, _owner(act_scale) is Scale.EXPERT
+            self._product(tile, result, arch).load()(
+                *weight, codes, scales, scale, table, pair_of_slot, target, out_scales, out_act_scale,
+                int(of_token), int(of_expert), int(out_act_scale.numel() > 1), limit, sm_count(x.device),
+            )  # fmt: skip
+
+        limit = math.inf if swiglu_limit is None else swiglu_limit
+        gathered = rounded(hidden, act_scale_13)
+        _gather(_owner(act_scale_13), False, arch).load()(
+            x, places, table, gathered[2], *gathered[:2], topk, tokens
+        )
+        h = rounded(intermediate, act_scale_2)
+        if act_scale_2 is None:
+            unrounded = scratch(slots, intermediate, dtype=torch.bfloat16)
+            multiply(tiles.w13, Result.BF16, w13, gathered, act_scale_13, unrounded, gathered[1], gathered[2])
+            _gather(Scale.TOKEN, True, arch).load()(unrounded, places, table, h[2], *h[:2], 1, tokens)
+        else:
+            multiply(tiles.w13, Result.NVFP4, w13, gathered, act_scale_13, *h)
+        y = scratch(pairs, hidden, dtype=torch.bfloat16)
+        multiply(tiles.w2, Result.ROWS, w2, h, act_scale_2, y, h[1], h[2])
+        _combine(topk, out_dtype, arch).load()(y, ids, local_of, weights, out, *local)
         return out
-    if topk == 0:
-        return out.zero_()
-    arch, x = arch_of(x.device), addressable(x)
-    ids = topk_ids.to(torch.int32).contiguous().view(-1)
-    weights = topk_weights.to(torch.float32).contiguous().view(-1)
-    local_of = ids if expert_map is None else expert_map.to(torch.int32).contiguous()
-    pairs = m * topk
-    chosen = choose(pairs, experts if expert_map is None else expert_map.shape[0])
-    tiles, tokens = chosen.most_tiles(pairs, experts), chosen.tokens
-    slots, atoms = tiles * tokens, tiles * chosen.w13.scale_atoms
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
+    def chosen(self, problem: ExpertsProblem, max_tokens: int, batch_invariant: bool) -> dict[TilePair, int]:
+        """Every pair of tiles that `run` takes for 1 .. max_tokens tokens, each with the fewest that take it."""
+        return self.tiles.chosen_experts(problem.topk, problem.num_global_experts, max_tokens)
 
-    pair_of_slot = scratch(slots, dtype=torch.int32)
-    places = scratch(pairs, dtype=torch.int32)
-    table = scratch(1 + tiles, 4, dtype=torch.int32)
-    local = (int(expert_map is not None), experts)
-    _route(arch).load()(ids, local_of, pair_of_slot, places, table, *local, tokens)
+    def kernels(self, problem: ExpertsProblem, tiles: TilePair, arch: str) -> list[Kernel]:
+        """The kernels that `run` launches with `tiles`.
 
-    def rounded(rows: int, act_scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """(codes, block scales, act scale of every slot where none is known) of slots of `rows` values."""
-        codes, scales = scratch(slots, padded_k(rows) // 2), scratch(atoms, -(-rows // 64), 32, 16)
-        return codes, scales, scratch(slots, dtype=torch.float32) if act_scale is None else act_scale.view(-1)
+        Static activation scales are one of x, one of each expert's h.
+        """
+        found = [
+            _route(arch),
+            _gather(Scale.TENSOR if problem.static else Scale.TOKEN, False, arch),
+            self._product(tiles.w13, Result.NVFP4 if problem.static else Result.BF16, arch),
+            self._product(tiles.w2, Result.ROWS, arch),
+            _combine(problem.topk, problem.out_dtype, arch),
+        ]
+        return found if problem.static else [*found, _gather(Scale.TOKEN, True, arch)]
 
-    def multiply(
-        tile: object, result: Result, weight, source, act_scale, target, out_scales, out_act_scale
-    ) -> None:
-        codes, scales, scale = source
-        of_token, of_expert = act_scale is None, _owner(act_scale) is Scale.EXPERT
-        product(tile, result, arch).load()(
-            *weight, codes, scales, scale, table, pair_of_slot, target, out_scales, out_act_scale,
-            int(of_token), int(of_expert), int(out_act_scale.numel() > 1), limit, sm_count(x.device),
-        )  # fmt: skip
+    def shipped(self, arch: str) -> dict[str, Kernel]:
+        """{name: kernel} of everything that a served model's `run` can ask for on `arch`."""
+        found = [_route(arch), _gather(Scale.TOKEN, True, arch)]
+        found += [_gather(scale, False, arch) for scale in Scale]
+        for tiles in self.tiles.shipped_expert_tiles():
+            found += [self._product(tiles.w13, result, arch) for result in (Result.NVFP4, Result.BF16)]
+            found.append(self._product(tiles.w2, Result.ROWS, arch))
+        found += [_combine(topk, dtype, arch) for topk in TOPKS for dtype in TYPE_NAMES]
+        return {kernel.name: kernel for kernel in found}
 
-    limit = math.inf if swiglu_limit is None else swiglu_limit
-    of_x, of_h = act_scales
-    gathered = rounded(hidden, of_x)
-    _gather(_owner(of_x), False, arch).load()(x, places, table, gathered[2], *gathered[:2], topk, tokens)
-    h = rounded(intermediate, of_h)
-    if of_h is None:
-        unrounded = scratch(slots, intermediate, dtype=torch.bfloat16)
-        multiply(chosen.w13, Result.BF16, w13, gathered, of_x, unrounded, gathered[1], gathered[2])
-        _gather(Scale.TOKEN, True, arch).load()(unrounded, places, table, h[2], *h[:2], 1, tokens)
-    else:
-        multiply(chosen.w13, Result.NVFP4, w13, gathered, of_x, *h)
-    y = scratch(pairs, hidden, dtype=torch.bfloat16)
-    multiply(chosen.w2, Result.ROWS, w2, h, of_h, y, h[1], h[2])
-    _combine(topk, out_dtype, arch).load()(y, ids, local_of, weights, out, *local)
-    return out
+    def choices(self) -> dict[str, TilePair]:
+        """{name: tiles} of every pair of tiles that a served model's `run` can take."""
+        pairs = self.tiles.shipped_expert_tiles()
+        return {f"w13_{_numbers(tiles.w13)} with w2_{_numbers(tiles.w2)}": tiles for tiles in pairs}
+
+    def _product(self, tile: object, result: Result, arch: str) -> Kernel:
+        return _product(f"{self.family}.compile", tile, result, arch)
 
 
-def kernels(problem: ExpertsProblem, tiles: TilePair, arch: str, product: Product) -> list[Kernel]:
-    """The kernels that `run` launches with `tiles`; static activation scales are one of x, one of each expert's h."""
-    found = [
-        _route(arch),
-        _gather(Scale.TENSOR if problem.static else Scale.TOKEN, False, arch),
-        product(tiles.w13, Result.NVFP4 if problem.static else Result.BF16, arch),
-        product(tiles.w2, Result.ROWS, arch),
-        _combine(problem.topk, problem.out_dtype, arch),
-    ]
-    return found if problem.static else [*found, _gather(Scale.TOKEN, True, arch)]
-
-
-def shipped(arch: str, pairs: Iterable[TilePair], product: Product) -> dict[str, Kernel]:
-    """{name: kernel} of everything that a served model's `run` can ask for on `arch`."""
-    found = [_route(arch), _gather(Scale.TOKEN, True, arch)]
-    found += [_gather(scale, False, arch) for scale in Scale]
-    for tiles in pairs:
-        found += [product(tiles.w13, result, arch) for result in (Result.NVFP4, Result.BF16)]
-        found.append(product(tiles.w2, Result.ROWS, arch))
-    found += [_combine(topk, dtype, arch) for topk in TOPKS for dtype in TYPE_NAMES]
-    return {kernel.name: kernel for kernel in found}
-
-
-def choices(pairs: Iterable[TilePair]) -> dict[str, TilePair]:
-    """{name: tiles} of every pair of tiles that a served model's `run` can take."""
-    return {f"w13_{_numbers(tiles.w13)} with w2_{_numbers(tiles.w2)}": tiles for tiles in pairs}
-
-
-def product_kernel(module: str, tile: object, result: Result, arch: str) -> Kernel:
-    """The kernel of one product, which `module` compiles."""
+@cache
+def _product(module: str, tile: object, result: Result, arch: str) -> Kernel:
     name = f"{_prefix(arch)}_product_{result}_{_numbers(tile)}"
     return Kernel(name, module, "product", (tile, result, arch), tile)
 
@@ -193,4 +223,4 @@ def _gather(scale: Scale, from_slots: bool, arch: str) -> Kernel:
 @cache
 def _combine(topk: int, out_dtype: torch.dtype, arch: str) -> Kernel:
     name = f"{_prefix(arch)}_combine_{topk}_{TYPE_NAMES[out_dtype]}"
-    return Kernel(name, "blackwell.compile", "combine", (topk, out_dtype, arch))
+    return Kernel(name, "device.compile", "combine", (topk, out_dtype, arch))

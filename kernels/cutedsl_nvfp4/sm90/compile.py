@@ -7,7 +7,7 @@ import torch
 
 from ..compiled import compile_kernel
 from ..device.fake_operands import CUTE_TYPE, activations, integers, sizes, stream, tensor, vector
-from ..device.routing import Combine, Route
+from ..device.routing import Route
 from .experts_narrow import NarrowExpertsKernel
 from .experts_streaming import StreamingExpertsKernel
 from .experts_wide import WideExpertsKernel
@@ -87,18 +87,3 @@ def compile_route(ctas: int, options: str = "") -> Callable:
         *integers(4), stream(),
     )  # fmt: skip
     return compile_kernel(Route(ctas), *arguments, arch=ARCH, options=options)
-
-
-def compile_combine(topk: int, out_dtype: torch.dtype, options: str = "") -> Callable:
-    """f(y [M * T, H], ids [M * T], expert map, weights [M * T], out, whether there is a map, local experts)."""
-    m, pairs, global_experts, hidden = sizes(4)
-    arguments = (
-        tensor(cutlass.BFloat16, pairs, hidden),
-        vector(cutlass.Int32, pairs),
-        vector(cutlass.Int32, global_experts),
-        vector(cutlass.Float32, pairs),
-        tensor(CUTE_TYPE[out_dtype], m, hidden),
-        *integers(2),
-        stream(),
-    )
-    return compile_kernel(Combine(topk), *arguments, arch=ARCH, options=options)

@@ -16,6 +16,7 @@ import torch
 
 from ..family import ExpertsProblem, Kernel, sm_count
 from ..operands import TYPE_NAMES, addressable, check_experts_call, check_experts_tensor, experts_result
+from . import FAMILY
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
 from .tiles import (
@@ -175,4 +176,4 @@ def _product(tile: LinearTile, activated: bool) -> Kernel:
 @cache
 def _combine(topk: int, out_dtype: torch.dtype) -> Kernel:
     name = f"nvfp4_experts_sm90_combine_{topk}_{TYPE_NAMES[out_dtype]}"
-    return Kernel(name, "sm90.compile", "combine", (topk, out_dtype))
+    return Kernel(name, "device.compile", "combine", (topk, out_dtype, FAMILY.architectures[0]))
