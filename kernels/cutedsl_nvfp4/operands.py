@@ -1,11 +1,32 @@
 """What every family checks before it launches, and where its result goes."""
 
+from collections.abc import Iterable
+
 import torch
 
 from .family import arch_of
+from .tile_choice import Tile
 
 MAX_LOCAL_EXPERTS = 1024  # the routing kernels' (device/routing.py)
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def linear_variants(
+    plain: Iterable[Tile], general: Iterable[Tile]
+) -> list[tuple[Tile, torch.dtype, bool, bool]]:
+    """(tile, result type, has a bias, aligned rows) of every linear kernel of a family that tells these apart.
+
+    `plain` tiles serve results without a bias whose rows are whole 16-byte pieces, `general` ones the others.
+    """
+    return [
+        *((tile, dtype, False, True) for tile in plain for dtype in TYPE_NAMES),
+        *(
+            (tile, dtype, has_bias, aligned)
+            for tile in general
+            for dtype in TYPE_NAMES
+            for has_bias, aligned in ((True, True), (True, False), (False, False))
+        ),
+    ]
 
 
 def check_experts_call(

@@ -5,4 +5,3 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 SCRIPTS = ROOT / "scripts"
-DEVTOOLS = ROOT / "devtools"

@@ -12,7 +12,7 @@ import torch
 from ..blackwell import quantize
 from ..blackwell.linear import check_operands
 from ..family import Kernel, LinearProblem, arch_of, sm_count
-from ..operands import TYPE_NAMES, linear_result
+from ..operands import TYPE_NAMES, linear_result, linear_variants
 from . import tiles
 from .tiles import LinearTile
 
@@ -78,13 +78,7 @@ def _aligned(problem: LinearProblem) -> bool:
 @cache
 def shipped(arch: str) -> dict[str, Kernel]:
     """{name: kernel} of everything that `run` can ask for on `arch`, but for the quantizer."""
-    variants = [(tile, dtype, False, True) for tile in tiles.shipped() for dtype in TYPE_NAMES]
-    variants += [
-        (tile, dtype, has_bias, aligned)
-        for tile in tiles.general()
-        for dtype in TYPE_NAMES
-        for has_bias, aligned in ((True, True), (True, False), (False, False))
-    ]
+    variants = linear_variants(tiles.shipped(), tiles.general())
     return {kernel.name: kernel for kernel in (_kernel(*variant, arch) for variant in variants)}
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from ..family import Kernel, LinearProblem, arch_of, sm_count
-from ..operands import TYPE_NAMES, addressable, check_vectors, linear_result
+from ..operands import TYPE_NAMES, addressable, check_vectors, linear_result, linear_variants
 from . import tiles
 from .decode import SCALE_BIAS
 from .layout import CODE_WORDS, SCALE_WORDS, packed_shape
@@ -120,13 +120,7 @@ def _padded_n(problem: LinearProblem) -> int:
 @cache
 def shipped(arch: str) -> dict[str, Kernel]:
     """{name: kernel} of everything that `run` can ask for."""
-    variants = [(tile, dtype, False, True) for tile in tiles.shipped() for dtype in TYPE_NAMES]
-    variants += [
-        (tile, dtype, has_bias, aligned)
-        for tile in tiles.general()
-        for dtype in TYPE_NAMES
-        for has_bias, aligned in ((True, True), (True, False), (False, False))
-    ]
+    variants = linear_variants(tiles.shipped(), tiles.general())
     return {kernel.name: kernel for kernel in (_kernel(*variant) for variant in variants)}
 
 
