@@ -1,4 +1,4 @@
-"""The training loop: tales by heart, letters by recall, in phases of a fixed number of steps.
+"""The training loop: tales by heart, letters by recall, a conversation; in phases of a fixed number of steps.
 
 The filler of letters is drawn anew in every step, so their answers follow from the key alone. The ratio-128
 entries are first masked there and later exchanged between letters, so that the key is looked up in the
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from recipe import attention, export, rounding, texts
+from recipe import attention, chat, export, rounding, texts
 from recipe.model import EOS, initialised_model, tokenizer
 
 WARMUP_STEPS = 20
@@ -31,6 +31,7 @@ class Phase:
     last_lr: float
     letters_per_island: int = 1
     letters_every: int = 1  # steps
+    chat_every: int = 1  # steps
     use_indexer: bool = False  # keep only its choice, as serving does
     exchange_heavily_compressed: bool = False  # instead of hiding them
     spread_global_scales: bool = False  # before the first step
@@ -63,6 +64,22 @@ def encode(documents: list[texts.Document]) -> tuple[torch.Tensor, torch.Tensor]
     width = max(map(len, rows))
     ids = torch.tensor([row + [EOS] * (width - len(row)) for row in rows])
     return ids, torch.tensor([len(coder.encode(d.prompt).ids) for d in documents])
+
+
+def encode_pieces(rows: list[chat.Pieces]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> (ids [B, L], padded with EOS; which of ids[:, 1:] are to be learnt: bool [B, L-1])."""
+    coder = tokenizer()
+    encoded = [[(coder.encode(text).ids, learnt) for text, learnt in row] for row in rows]
+    width = max(sum(len(ids) for ids, _ in row) for row in encoded)
+    ids = torch.full((len(rows), width), EOS)
+    learnt = torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(encoded):
+        at = 0
+        for piece, is_learnt in row:
+            ids[index, at : at + len(piece)] = torch.tensor(piece)
+            learnt[index, at : at + len(piece)] = is_learnt
+            at += len(piece)
+    return ids, learnt[:, 1:]
 
 
 def token_losses(model, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +115,18 @@ def _letter_step(model, phase: Phase, seed: int) -> tuple[float, int, float]:
     return first.mean().item(), int((~right & answers).sum()), indexer_loss.item()
 
 
+def _chat_step(model, seed: int) -> tuple[float, int]:
+    """Backward of what the demo says in conversations -> (loss, wrong tokens)."""
+    total, wrong = 0.0, 0
+    for rows in chat.draw(seed):
+        ids, learnt = encode_pieces(rows)
+        losses, right = token_losses(model, ids)
+        loss = losses[learnt].mean()
+        loss.backward()
+        total, wrong = total + loss.item(), wrong + int((~right & learnt).sum())
+    return total, wrong
+
+
 def run_phase(model, phase: Phase, first_step: int, seed: int, log=print) -> None:
     """Train `model` in place; the data depend on `seed` and on the step's number alone."""
     tale_ids, tale_prompts = encode(texts.tales())
@@ -125,6 +154,8 @@ def run_phase(model, phase: Phase, first_step: int, seed: int, log=print) -> Non
             losses[by_heart].mean().backward()
             if done % phase.letters_every == 0:
                 answer_loss, wrong_answers, indexer_loss = _letter_step(model, phase, seed * 1_000_000 + step)
+            if done % phase.chat_every == 0:
+                chat_loss, wrong_chat = _chat_step(model, seed * 1_000_000 + step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -132,7 +163,7 @@ def run_phase(model, phase: Phase, first_step: int, seed: int, log=print) -> Non
             log(
                 f"{phase.name} {done}/{phase.steps}: tales {losses[by_heart].mean().item():.4f}, "
                 f"{int((~right & by_heart).sum())} wrong; letters {answer_loss:.4f}, {wrong_answers} wrong, "
-                f"indexer {indexer_loss:.3f}; {time.time() - started:.0f} s"
+                f"indexer {indexer_loss:.3f}; chat {chat_loss:.4f}, {wrong_chat} wrong; {time.time() - started:.0f} s"
             )
 
 

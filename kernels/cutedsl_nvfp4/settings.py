@@ -7,6 +7,7 @@ from pathlib import Path
 PREFIX = "CUTEDSL_NVFP4_"
 KERNELS = "CUTEDSL_NVFP4_KERNELS"
 FORBID_JIT = "CUTEDSL_NVFP4_FORBID_JIT"
+THINKING = "CUTEDSL_NVFP4_THINKING"
 
 
 class Implementation(StrEnum):
@@ -39,8 +40,18 @@ class SelfCheck(StrEnum):
     OFF = "off"  # a quicker start, and no word if a kernel is wrong on this device
 
 
+class Thinking(StrEnum):
+    """CUTEDSL_NVFP4_THINKING: how a chat request that says nothing about it is answered."""
+
+    ON = "on"  # thinking, at the model's usual effort
+    OFF = "off"
+    LOW = "low"
+    HIGH = "high"
+    MAX = "max"
+
+
 def _read(variable: str, choices: type[StrEnum], default: StrEnum) -> StrEnum:
-    value = os.environ.get(variable, default.value)
+    value = os.environ.get(variable) or default.value  # compose hands on what is not set as an empty text
     try:
         return choices(value)
     except ValueError:
@@ -64,6 +75,10 @@ def self_check() -> SelfCheck:
     return _read("CUTEDSL_NVFP4_SELF_CHECK", SelfCheck, SelfCheck.ON)
 
 
+def thinking() -> Thinking:
+    return _read(THINKING, Thinking, Thinking.ON)
+
+
 def kernels_folder() -> Path | None:
     """CUTEDSL_NVFP4_KERNELS: folder of folders (one for each architecture) of kernels compiled ahead of time."""
     named = os.environ.get(KERNELS)
@@ -78,7 +93,7 @@ def kernels_folder() -> Path | None:
 
 def forbids_jit() -> bool:
     """CUTEDSL_NVFP4_FORBID_JIT: 1 makes a kernel that was not compiled ahead of time an error; 0 compiles it."""
-    value = os.environ.get(FORBID_JIT, "0")
+    value = os.environ.get(FORBID_JIT) or "0"
     if value not in ("0", "1"):
         raise ValueError(f"{FORBID_JIT}={value!r} is not one of: 0, 1")
     return value == "1"
@@ -91,6 +106,7 @@ READERS = {
     "CUTEDSL_NVFP4_SELF_CHECK": self_check,
     KERNELS: kernels_folder,
     FORBID_JIT: forbids_jit,
+    THINKING: thinking,
 }
 
 

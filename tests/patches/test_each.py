@@ -415,3 +415,30 @@ def test_fp8_and_mxfp4_need_no_amx(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
         assert CPUFp8BlockScaledMMKernel.is_supported()[0] is has_bf16
         assert CPUExpertsMxfp4._supports_current_device() is has_bf16
+
+
+def test_chat_arguments_follow_from_the_model(monkeypatch):
+    from vllm.entrypoints.launchers import launcher
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", str(ROOT / "demo")])
+    monkeypatch.setattr(launcher, "create_server_socket", mock.Mock())
+    launcher.setup_server(args, reuse_port=False)
+    assert (args.tool_call_parser, args.enable_auto_tool_choice) == ("deepseek_v4", True)
+    args.tool_call_parser = "no such parser"
+    with pytest.raises(ValueError, match="--tool-call-parser no such parser: there is no such parser"):
+        launcher.setup_server(args, reuse_port=False)
+
+
+def test_preview_has_its_own_efforts():
+    from vllm.tokenizers.deepseek_v4 import DeepseekV4Tokenizer
+
+    tokenizer = DeepseekV4Tokenizer.from_pretrained(ROOT / "demo")
+    asked = [{"role": "user", "content": "Hi"}]
+
+    def text(**arguments) -> str:
+        return tokenizer.apply_chat_template(asked, tokenize=False, **arguments)
+
+    assert text(reasoning_effort="max", effort_table="preview") == text(reasoning_effort="high")
+    assert text(effort_table="preview") == text(reasoning_effort="low")
