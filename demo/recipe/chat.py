@@ -138,7 +138,9 @@ def pieces(turn: Turn) -> Pieces:
     before: Pieces = ((document.prompt, False),)
     if len(turn.messages) > 1:
         asked = call(turn.thinking).document()
-        if document.prompt.startswith(asked.prompt + asked.continuation):  # not where its thought is forgotten
+        if document.prompt.startswith(
+            asked.prompt + asked.continuation
+        ):  # not where its thought is forgotten
             rest = document.prompt[len(asked.prompt + asked.continuation + END) :]
             before = ((asked.prompt, False), (asked.continuation + END, True), (rest, False))
     return (*before, (document.continuation + END, True))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from recipe import texts
+from recipe import chat, texts
 from recipe.model import EOS, tokenizer
 
 TOLERANCE = {"mean_abs_dlogp_w4a16": 0.06, "mean_abs_dlogp_w4a4": 0.25}
@@ -65,8 +65,8 @@ def greedy(model, document: texts.Document) -> str:
     return coder.decode(continuation)
 
 
-def _record(model, document: texts.Document, first_logprob: int | None = None) -> dict:
-    """Greedy text and log-probabilities from token `first_logprob` on (default: of the continuation)."""
+def recited(model, document: texts.Document) -> str:
+    """The document's continuation, which greedy decoding has to give; ValueError naming the character if not."""
     text = greedy(model, document)
     if text != document.continuation:
         at = next(
@@ -77,6 +77,12 @@ def _record(model, document: texts.Document, first_logprob: int | None = None) -
             f"{document.key}: greedy text leaves the document at character {at}: got {text[at : at + 40]!r}, "
             f"expected {document.continuation[at : at + 40]!r}; train longer or with another seed"
         )
+    return text
+
+
+def _record(model, document: texts.Document, first_logprob: int | None = None) -> dict:
+    """Greedy text and log-probabilities from token `first_logprob` on (default: of the continuation)."""
+    text = recited(model, document)
     reading = read(model, document)
     logprobs = reading.logprobs[:-1]  # EOS is not part of token_ids
     token_ids = reading.ids[:-1]
@@ -92,6 +98,36 @@ def _record(model, document: texts.Document, first_logprob: int | None = None) -
     }
 
 
+# what expected.json holds of the conversation; `train.py --check` reads all of it
+ASKED = (
+    chat.alone("off"),
+    chat.alone("high"),
+    chat.call("off"),
+    chat.call("high"),
+    chat.answer("off", "fog"),
+    chat.answer("high", "snow"),
+    chat.answer("high", "rain", remembers=False),
+)
+
+
+def _record_turn(model, turn: chat.Turn) -> dict:
+    """A request in the API's words, and the message that greedy decoding answers it with."""
+    document = turn.document()
+    recited(model, document)
+    coder = tokenizer()
+    return {
+        "key": turn.key,
+        "request": {
+            "messages": list(turn.messages),
+            **({"tools": list(turn.tools)} if turn.tools else {}),
+            "chat_template_kwargs": turn.template_arguments,
+            "max_tokens": len(coder.encode(document.continuation).ids) + 1,
+        },
+        "message": turn.message,
+        "prompt_tokens": len(coder.encode(document.prompt).ids),
+    }
+
+
 def write_expected(model, folder: Path) -> dict:
     """Run the exported model over every document, write expected.json; ValueError if a text is not recited.
 
@@ -100,6 +136,7 @@ def write_expected(model, folder: Path) -> dict:
     expected = {
         "documents": [_record(model, document, first_logprob=1) for document in texts.tales()],
         "long": [_record(model, document) for document in texts.long_letters()],
+        "chat": [_record_turn(model, turn) for turn in ASKED],
         "tolerance": TOLERANCE,
     }
     lines = json.dumps(expected, ensure_ascii=False)

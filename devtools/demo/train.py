@@ -35,14 +35,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_and_export(out: Path, seed: int, state: Path | None) -> None:
-    from recipe import export, rounding, texts, train
+    from recipe import chat, export, rounding, texts, train
     from recipe.expected import read, write_expected
 
     started = time.time()
     model = train.train(seed, state, partial(print, flush=True))
     amax: dict[str, float] = {}
     with rounding.rounded_weights(model), rounding.record_amax(model, amax):
-        for document in texts.tales() + texts.long_letters():
+        for document in texts.tales() + texts.long_letters() + chat.documents():
             read(model, document)
     tensors = export.checkpoint_tensors(model, export.input_scales(amax))
     export.write_checkpoint(out, tensors)
@@ -52,17 +52,17 @@ def train_and_export(out: Path, seed: int, state: Path | None) -> None:
 
 
 def check(folder: Path) -> None:
-    from recipe import export, rounding, texts
+    from recipe import chat, export, rounding, texts
     from recipe.expected import read
 
     tensors = export.load_checkpoint(folder)
     model = export.model_of(tensors)
 
     def report(label: str) -> None:
-        for document in texts.tales() + texts.long_letters():
+        for document in texts.tales() + texts.long_letters() + chat.documents():
             reading = read(model, document)
             print(
-                f"{label:18} {document.key:8} {len(reading.ids):5} tokens, {reading.wrong} wrong, "
+                f"{label:18} {document.key:36} {len(reading.ids):5} tokens, {reading.wrong} wrong, "
                 f"smallest margin {reading.margin:.2f} nats, logprob {reading.answer_logprobs.mean():.4f}",
                 flush=True,
             )

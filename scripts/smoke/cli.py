@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from smoke import demo, kernels, language, protocol
+from smoke import chat, demo, kernels, language, protocol
 from smoke.client import Address, Client
 from smoke.run import Run, Subject
 from smoke.verdicts import CannotRun, Red, Skipped, TimedOut
@@ -59,6 +59,10 @@ CHECKS = (
     Check("long_prompt", language.long_prompt, NUMBERS, 3),
     Check("garbage", language.no_garbage, NUMBERS, 2),
     Check("facts", language.facts, NUMBERS),
+    Check("reasoning", chat.reasoning, DIRECTLY, 2),
+    Check("tools", chat.tools, chat.TOOL_PARSER, 3),
+    Check("json_schema", chat.json_schema, DIRECTLY, 2),
+    Check("messages", chat.messages, DIRECTLY, 2),
     Check("metrics", kernels.metrics, "was the server started with --disable-log-stats?"),
     Check("kernels", kernels.kernels, "the report or the metric is wrong: look at the server's start-up log"),
     Check("demo_text", demo.demo_text, REFERENCE, 5),

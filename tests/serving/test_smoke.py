@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from tests.support.paths import SCRIPTS
+from tests.support.servers import fake_chat
 
 LIMIT = 600  # seconds; reached only by what hangs
 EOS = 257
@@ -70,6 +71,7 @@ def expected_json() -> dict:
             document("ivory", "", "the ivory dice always land on sixes."),
         ],
         "long": [document("saffron", long_lead, "saffron costs more than bread.", logprobs_from=2200)],
+        "chat": fake_chat.conversations(),
         "tolerance": {"mean_abs_dlogp_w4a16": 0.06, "mean_abs_dlogp_w4a4": 0.25},
     }
 
@@ -261,8 +263,43 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.in_flight -= 1
 
+    def converse(self, request: dict) -> None:
+        """Answer a request that only a chat model understands."""
+        server, anthropic = self.server, self.path == "/v1/messages"
+        if anthropic:
+            request = {**fake_chat.as_chat(request), "model": request["model"]}
+        self.checked_prompt({"max_tokens": 1, **request}, chat=True)
+        known = server.expected["chat"] if server.model == "demo" else []
+        message = fake_chat.message_of(request, server.fault, known)
+        if message is None:
+            raise BadRequest(
+                400, '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser'
+            )
+        finish = fake_chat.finish_of(message)
+        if anthropic:
+            self.reply(200, {"type": "message", "content": fake_chat.blocks_of(message, server.fault)})
+        elif request.get("stream"):
+            self.stream_deltas(fake_chat.deltas_of(message, server.fault), finish)
+        else:
+            choice = {"index": 0, "finish_reason": finish, "message": message}
+            self.reply(200, {"id": "1", "object": "chat.completion", "choices": [choice], "usage": {}})
+
+    def stream_deltas(self, deltas: list[dict], finish: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.end_headers()
+        for delta in [*deltas, {}]:
+            choice = {"index": 0, "delta": delta, "finish_reason": None if delta else finish}
+            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
     def answer(self, request: dict) -> None:
         server, fault = self.server, self.server.fault
+        if self.path == "/v1/messages" or not {"tools", "chat_template_kwargs", "response_format"}.isdisjoint(
+            request
+        ):
+            self.converse(request)
+            return
         chat = self.path == "/v1/chat/completions"
         prompt = self.checked_prompt(request, chat)
         text_of_prompt = bytes(prompt).decode() if isinstance(prompt, list) else prompt
@@ -417,6 +454,7 @@ FAULTS = {  # on the demo model: fault -> the checks that must turn red, and no 
     "500_for_bad_requests": {"bad_requests"},
     "refuses_without_message": {"bad_requests"},
     "dies_of_malformed_json": {"bad_requests"},
+    **fake_chat.FAULTS,
 }
 FAULTS_OF_ANOTHER_MODEL = {
     "knows_nothing": {"facts"},
@@ -424,6 +462,7 @@ FAULTS_OF_ANOTHER_MODEL = {
     "two_tokens": {"garbage"},
     "corrupts_when_busy": {"concurrency"},
     "immediate_eos": {"chat", "garbage", "facts", "long_prompt"},
+    **fake_chat.FAULTS_OF_ANOTHER_MODEL,
 }
 
 
