@@ -9,6 +9,8 @@ import torch
 # one thread beside other test processes (make test JOBS=…): two OpenMP teams on the same cores are far slower
 torch.set_num_threads(1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 else 2)
 
+pytest.register_assert_rewrite("tests.support.parity.distances")  # tests that classes inherit
+
 MARKERS = {
     "gpu_sm90": "needs a Hopper GPU (compute capability 9.0); skipped, with the reason, where there is none",
     "image": "needs the container that .ci/container starts; left out unless asked for with -m image",

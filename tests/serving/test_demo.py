@@ -1,12 +1,15 @@
 """The demo checkpoint through a real vLLM server: what must be right is green, what is planted wrong is red."""
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.support.faults.checkpoint import FAULTS, plant
+from tests.support.parity.distances import Distances, Parity, Prompts, measure
 from tests.support.paths import DEMO
 from tests.support.servers.vllm import LOGPROB_CHECKS, OURS_CHECKS, TEXT_CHECKS, Server, ServerDied, red
 
@@ -20,9 +23,34 @@ def demo(tmp_path_factory) -> Iterator[Server]:
         yield server
 
 
+def demo_prompts() -> dict[int, Prompts]:
+    """Cut from what the demo was trained to recite."""
+    expected = json.loads((DEMO / "expected.json").read_text())
+    tales, letters = ([d["token_ids"] for d in expected[group]] for group in ("documents", "long"))
+    return {
+        10: [ids[start : start + 10] for ids in tales for start in range(0, 500, 10)],
+        350: [ids[:350] for ids in tales + letters],
+        3000: [ids[:3000] for ids in letters[:2]],
+    }
+
+
 @pytest.mark.xdist_group("demo")
-class TestServedInW4A16:
-    # one server for the class; an idle one still takes a quarter of a core
+class TestServedInW4A16(Distances):
+    """One server for all of it: an idle one takes a quarter of a core. Trained weights, top-k routers."""
+
+    mean_bar = 0.06
+    prompts = staticmethod(demo_prompts)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls) -> Path:
+        return DEMO
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def nvfp4(cls, demo) -> Parity:
+        return measure(demo, DEMO, cls.prompts())
+
     def test_demo_passes_the_smoke_test(self, demo):
         report = demo.smoke_test("--require-ours")
         assert report["status"] == 0, red(report)

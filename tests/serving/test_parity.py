@@ -2,38 +2,31 @@
 
 Log-probabilities show what a user sees, but some errors hide below their floor; the parts, compared on the same
 input, show those. Each error of support/faults/reference_model.py is planted into the reference, and has to turn a
-comparison red. docs/correctness.md holds the tables that `pytest tests/serving/test_parity.py -rP` prints.
+comparison red. The demo's log-probabilities are asked of the server of test_demo.py. docs/correctness.md holds the
+tables that `pytest tests/serving/test_parity.py tests/serving/test_demo.py -rP` prints.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.checkpoints.random import write_bf16_twin, write_random
+from tests.support.checkpoints.random import write_random
 from tests.support.faults.reference_model import PLANTED
+from tests.support.parity.distances import LENGTHS, Distances, Prompts
 from tests.support.parity.record_layers import DECODED
 from tests.support.parity.reference_model import prompt_logprobs, reference_model
 from tests.support.parity.replay import Figures, replay
-from tests.support.paths import DEMO, ROOT
-from tests.support.processor import has_avx512_bf16, need
-from tests.support.servers.vllm import Server, environment
+from tests.support.paths import ROOT
+from tests.support.servers.vllm import environment
 
 pytestmark = pytest.mark.serving
 
-Prompts = list[list[int]]
-
-LENGTHS = (10, 350, 3000)
 RECORDED_LENGTH = 2600
-BATCH = 64  # prompts per request
-FLIP = 0.25  # nats; a flipped router moves single tokens further: each token counts up to here
-NO_FURTHER = 1.10  # all-NVFP4 from its reference, over bf16 from its own
 CLEARLY = 3  # a planted error shows this many times the bar of its figure
 
 # Left to test_planted_error_shows_in_a_layer.
@@ -64,91 +57,6 @@ def random_prompts() -> dict[int, Prompts]:
     }
 
 
-def demo_prompts() -> dict[int, Prompts]:
-    """Cut from what the demo was trained to recite."""
-    expected = json.loads((DEMO / "expected.json").read_text())
-    tales, letters = ([d["token_ids"] for d in expected[group]] for group in ("documents", "long"))
-    return {
-        10: [ids[start : start + 10] for ids in tales for start in range(0, 500, 10)],
-        350: [ids[:350] for ids in tales + letters],
-        3000: [ids[:3000] for ids in letters[:2]],
-    }
-
-
-def served_logprobs(server: Server, prompts: Prompts) -> torch.Tensor:
-    """f32 [sum of (length - 1)]: what the server says about every token of every prompt but the first."""
-    choices = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        choices += server.complete(prompt=batch, max_tokens=1, prompt_logprobs=0)["choices"]
-    found = []
-    for choice, prompt in zip(choices, prompts):
-        by_position = choice["prompt_logprobs"][1:]
-        found += [entry[str(token)]["logprob"] for entry, token in zip(by_position, prompt[1:])]
-    return torch.tensor(found)
-
-
-@dataclass
-class Parity:
-    """One checkpoint's log-probabilities, served and from its own reference."""
-
-    prompts: dict[int, Prompts]
-    served: dict[int, torch.Tensor]
-    reference: dict[int, torch.Tensor]
-
-    def distances(self, length: int) -> torch.Tensor:
-        return (self.served[length] - self.reference[length]).abs()
-
-    def distance(self, length: int) -> float:
-        """Mean |dlogp| in nats, every token counted up to FLIP."""
-        return self.distances(length).clamp(max=FLIP).mean().item()
-
-    def figures(self, length: int) -> str:
-        """Mean with the limit | mean without | worst token."""
-        distances = self.distances(length)
-        return f"{self.distance(length):.4f} | {distances.mean():.4f} | {distances.max():.2f}"
-
-
-def measure(folder: Path, prompts: dict[int, Prompts], log: Path) -> Parity:
-    """Serve the checkpoint in `folder`, ask for every prompt, and ask its reference."""
-    with Server(folder, log) as server:
-        served = {length: served_logprobs(server, batch) for length, batch in prompts.items()}
-    model = reference_model(folder)
-    reference = {length: prompt_logprobs(model, batch) for length, batch in prompts.items()}
-    return Parity(prompts, served, reference)
-
-
-class Distances:
-    """The tests of every checkpoint; `mean_bar` in nats."""
-
-    mean_bar: float
-    prompts: Callable[[], dict[int, Prompts]]
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def nvfp4(cls, checkpoint, tmp_path_factory) -> Parity:
-        return measure(checkpoint, cls.prompts(), tmp_path_factory.mktemp("nvfp4") / "server.log")
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def bf16(cls, checkpoint, tmp_path_factory) -> Parity:
-        """The same dequantized weights."""
-        need(has_avx512_bf16())
-        folder = tmp_path_factory.mktemp("bf16")
-        twin = write_bf16_twin(checkpoint, folder / "checkpoint")
-        return measure(twin, cls.prompts(), folder / "server.log")
-
-    @pytest.mark.parametrize("length", LENGTHS)
-    def test_close_to_the_reference(self, nvfp4, length):
-        print(f"| {length} | all-NVFP4 | {nvfp4.figures(length)} |")
-        assert nvfp4.distance(length) <= self.mean_bar
-
-    @pytest.mark.parametrize("length", LENGTHS)
-    def test_no_further_than_bf16_weights(self, nvfp4, bf16, length):
-        print(f"| {length} | bf16 | {bf16.figures(length)} |")
-        assert nvfp4.distance(length) <= NO_FURTHER * bf16.distance(length)
-
-
 @pytest.mark.xdist_group("parity-random")
 class TestRandomCheckpoint(Distances):
     """Every layer routes by token, so no router flips: the tight comparison."""
@@ -173,19 +81,6 @@ class TestRandomCheckpoint(Distances):
         distance = (nvfp4.served[3000] - wrong).abs().mean().item()
         print(f"| {error} | {distance:.3f} (clean {nvfp4.distance(3000):.3f}) |")
         assert distance > self.mean_bar
-
-
-@pytest.mark.xdist_group("parity-demo")
-class TestDemo(Distances):
-    """Trained weights, top-k routers."""
-
-    mean_bar = 0.06
-    prompts = staticmethod(demo_prompts)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls) -> Path:
-        return DEMO
 
 
 def bar(figure: str) -> float:
