@@ -51,7 +51,7 @@ PHASES = (
         exchange_heavily_compressed=True, round_weights=True, round_activations_every=2,
     ),
     Phase(
-        "finish", 40, texts.LONG_PROMPT, 4e-4, 3e-5, letters_every=10, use_indexer=True,
+        "finish", 120, texts.LONG_PROMPT, 5e-4, 2e-5, letters_every=10, use_indexer=True,
         exchange_heavily_compressed=True, round_weights=True, round_activations_every=1,
     ),
 )  # fmt: skip
@@ -175,7 +175,7 @@ def train(seed: int = 0, state: Path | None = None, log=print):
     model = initialised_model(seed)
     finished = 0
     if state is not None and state.exists():
-        saved = torch.load(state)
+        saved = torch.load(state, map_location=torch.get_default_device())
         if saved["seed"] != seed:
             raise ValueError(
                 f"{state} is of seed {saved['seed']}, not {seed}; delete it or name another file"

@@ -1,5 +1,10 @@
 #!/usr/bin/env python3
-"""Make demo/: train a small DeepSeek-V4, round it to NVFP4, write the checkpoint and what it should say."""
+"""Make demo/: train a small DeepSeek-V4, round it to NVFP4, write the checkpoint and what it should say.
+
+devtools/demo/train.py                                            all of it, on the CPU
+devtools/demo/train.py --device cuda --train-only --state FILE    train on a GPU, in two minutes; then
+devtools/demo/train.py --state FILE                               round, write and judge on the CPU
+"""
 
 import argparse
 import os
@@ -17,7 +22,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Everything runs on the CPU with transformers."
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=ROOT / "demo", help="checkpoint folder (default: demo/)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the training letters")
@@ -25,13 +30,22 @@ def parse_arguments() -> argparse.Namespace:
         "--threads", type=int, default=2, help="torch threads; another number rounds otherwise"
     )
     parser.add_argument("--state", type=Path, help="save finished phases in this file, and go on after them")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu (default) or cuda")
+    parser.add_argument("--train-only", action="store_true", help="stop when --state holds every phase")
     parser.add_argument(
         "--ablate", action="store_true", help="train nothing; print what planted errors do to the checkpoint"
     )
     parser.add_argument(
         "--check", action="store_true", help="train nothing; print errors and margins of the texts"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.train_only and arguments.state is None:
+        parser.error("--train-only needs --state FILE, or the training is lost")
+    if arguments.device != "cpu" and not arguments.train_only:
+        parser.error(
+            f"--device {arguments.device}: the checkpoint is judged on the CPU; add --train-only --state FILE"
+        )
+    return arguments
 
 
 def train_and_export(out: Path, seed: int, state: Path | None) -> None:
@@ -91,6 +105,11 @@ def main() -> None:
         ablate.table(export.load_checkpoint(arguments.out))
     elif arguments.check:
         check(arguments.out)
+    elif arguments.train_only:
+        from recipe import train
+
+        torch.set_default_device(arguments.device)
+        train.train(arguments.seed, arguments.state, partial(print, flush=True))
     else:
         train_and_export(arguments.out, arguments.seed, arguments.state)
 
