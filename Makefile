@@ -22,6 +22,9 @@ TARGET ?= gpu
 # PORT and IMAGE are exported to compose only if they were asked for: the environment outranks .env
 COMPOSE := arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments docker compose
 
+# reads checkpoints on the hub: .venv has huggingface-hub, the system's Python need not
+READER = $(or $(wildcard $(VENV)/python),$(PYTHON))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check plots train-demo clean
 .PHONY: build up up-cpu logs pin sbom plan
@@ -58,7 +61,7 @@ smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test.py
 	@$(PYTHON) scripts/smoke_test.py --base-url $(BASE_URL) $(ARGS)
 
 plan:  ## fit a model on GPUs, with flags: make plan MODEL=pro GPUS=8xH200; ARGS go to scripts/plan_memory.py
-	@$(PYTHON) scripts/plan_memory.py $(or $(MODEL),pro) $(or $(GPUS),8xH200) $(ARGS)
+	@$(READER) scripts/plan_memory.py '$(or $(MODEL),pro)' '$(or $(GPUS),8xH200)' $(ARGS)
 
 test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
