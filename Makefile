@@ -1,5 +1,5 @@
 # The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, MODEL,
-# GPUS, ARGS.
+# GPUS, RECIPE, CHECK, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
@@ -19,6 +19,9 @@ IMAGE ?= $(or $(shell sed -n 's/^IMAGE=//p' .env 2>/dev/null),vllm-cutedsl-nvfp4
 SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
+CHECK  ?= 1
+# the shell's settings outrank .env, .env outranks the recipe
+ENV_FILES = $(if $(RECIPE),$(addprefix --env-file ,recipes/$(RECIPE).env $(wildcard .env)))
 # PORT and IMAGE are exported to compose only if they were asked for: the environment outranks .env
 COMPOSE := arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments docker compose
 
@@ -38,8 +41,9 @@ demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the backgr
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
 	@arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
 
-up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
-	@$(COMPOSE) up --wait $(ARGS)
+up:  ## serve from the image until `make down`: settings are in .env and in RECIPE (of recipes/); CHECK=0 takes any GPU
+	@$(PYTHON) devtools/image/fit.py --recipe '$(RECIPE)' --check '$(CHECK)' $(ENV_FILES)
+	@$(COMPOSE) $(ENV_FILES) up --wait $(ARGS)
 
 up-cpu:  ## serve the demo model on the CPU from the image
 	@$(COMPOSE) -f compose.yaml -f compose.cpu.yaml up --wait $(ARGS)

@@ -28,6 +28,7 @@ from cutedsl_nvfp4.checkpoint.planner.budget import (
 )
 from cutedsl_nvfp4.checkpoint.planner.gpus import GIB, GPUS, gpu_of_driver, parse_gpus
 from cutedsl_nvfp4.checkpoint.planner.plan import load_model, main
+from devtools.image import fit
 from recipe import export
 from tests.support.checkpoints import dialects, small
 from tests.support.paths import DEMO
@@ -396,6 +397,25 @@ def test_every_choice_is_in_the_flags_and_vllm_takes_them(capsys):
     taken = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags.split())
     assert (taken.tensor_parallel_size, taken.max_model_len, taken.max_num_seqs) == (8, 131072, 64)
     assert taken.enable_expert_parallel and taken.attention_config.indexer_kv_dtype == "mxfp4"
+
+
+def test_flags_of_a_server_are_read_as_vllm_reads_them():
+    """By the check of `make up`, of what compose is to start."""
+    flags = "-tp 2 -dp=2 --max_model_len 128K --max-num-seqs 4 --max-num-batched-tokens 25.6k -ep --max-num-seqs=16"
+    request, automatic = (served := fit.served_by([next(iter(model.RELEASES)), *flags.split()])).request(H200)
+    taken = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags.split())
+    assert served.parallel == model.Parallel(
+        taken.tensor_parallel_size, taken.data_parallel_size, taken.enable_expert_parallel
+    )
+    assert (request.max_model_len, request.batched_tokens) == (
+        taken.max_model_len,
+        taken.max_num_batched_tokens,
+    )
+    assert request.seqs == taken.max_num_seqs == 16 and not automatic
+    for automatic in ("auto", "-1"):
+        flags = ["--max-model-len", automatic]
+        assert AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags).max_model_len == -1
+        assert fit.served_by([next(iter(model.RELEASES)), *flags]).request(H200)[1]
 
 
 def test_wrong_questions_are_errors(capsys):

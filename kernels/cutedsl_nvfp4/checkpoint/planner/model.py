@@ -186,7 +186,7 @@ def check_parallel(config: dict, parallel: Parallel) -> None:
     for key in ("num_attention_heads", "o_groups"):
         if config[key] % tp:
             raise CheckpointError(
-                f"{key} = {config[key]} cannot be cut into {tp}; choose --tp among its divisors"
+                f"{key} = {config[key]} cannot be cut into {tp}; choose a tensor parallel size among its divisors"
             )
     cut = tp if parallel.expert_parallel else parallel.gpus
     if parallel.expert_parallel and config["n_routed_experts"] % parallel.gpus:
