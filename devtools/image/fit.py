@@ -125,7 +125,7 @@ class Served:
 
 def served_by(command: list[str]) -> Served:
     """The command of compose's service -> what it serves. Unknown where the planner cannot tell its memory."""
-    model, options = command[0], options_of(command[1:])
+    model, options = "".join(command[:1]), options_of(command[1:])
     if model not in RELEASES:
         raise Unknown(
             f"MODEL={model} is none that the planner knows; `make plan MODEL={model} GPUS=…` may read it"
@@ -138,6 +138,10 @@ def served_by(command: list[str]) -> Served:
         _integer(options, "--data-parallel-size", 1),
         "--enable-expert-parallel" in options,
     )
+    if parallel.gpus < 1:
+        raise Unfit(
+            f"{model} is to run on {parallel.gpus} GPUs; TENSOR_PARALLEL_SIZE is their number, 1 or more"
+        )
     return Served(model, parallel, options)
 
 
@@ -248,8 +252,7 @@ def check_machine(recipe: Recipe, gpus: list[Gpu]) -> None:
     if recipe not in recipes_for(gpus):
         raise Unfit(
             f"RECIPE={recipe.name} is for {recipe.machine}, this machine has {described(gpus)}; "
-            f"{remedy(gpus, recipe.model)}, and "
-            f"`make plan MODEL={recipe.preset} GPUS=…` says what fits"
+            f"{remedy(gpus, recipe.model)}, and `make plan MODEL={recipe.preset} GPUS=…` says what fits"
         )
 
 
@@ -285,13 +288,13 @@ def check(recipe_name: str, env_files: list[str]) -> str:
     recipe = check_recipe(recipe_name) if recipe_name else None
     service = service_of(env_files)
     devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
-    if not devices and "gpus" not in service:
+    if not (devices or service.get("gpus") or service.get("runtime")):
         return "no GPU is asked for, so none is checked"
     gpus = None
     if recipe is not None:
         gpus = visible(gpus_of_machine(), devices)
         check_machine(recipe, gpus)
-    served = served_by(service["command"])  # before nvidia-smi is asked: what is unknown needs none
+    served = served_by(service.get("command") or [])  # before nvidia-smi is asked: what is unknown needs none
     return check_served(served, visible(gpus_of_machine(), devices) if gpus is None else gpus)
 
 

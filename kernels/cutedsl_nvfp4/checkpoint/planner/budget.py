@@ -207,5 +207,6 @@ def check_request(request: Request, config: dict, gpu: Gpu) -> None:
     if request.indexer_fp4 and not gpu.fp4_indexer:
         known = ", ".join(found.name for found in GPUS.values() if found.fp4_indexer)
         raise CheckpointError(
-            f"--indexer-fp4: vLLM has that cache on {known} alone, not on {gpu.name}; leave it out"
+            f"--indexer-fp4, vLLM's indexer_kv_dtype=mxfp4: it has that cache on {known} alone, not on {gpu.name}; "
+            f"leave it out"
         )
