@@ -1,7 +1,7 @@
 """Programs in place of docker and nvidia-smi, for tests of what make does with them.
 
-docker answers `compose … config` for the service `vllm` with settings of the forms ${NAME:-default} and ${NAME:+words},
-from `--env-file`s of plain NAME=value lines; tests/image/test_compose.py shows that the real compose answers the same.
+docker answers `compose … config` for the service `vllm` with settings of the forms ${NAME}, ${NAME:-default} and
+${NAME:+words}, from `--env-file`s of plain NAME=value lines; tests/image/test_compose.py asks the real compose.
 Of any other command it prints the environment that make hands on, and the arguments.
 """
 
@@ -28,13 +28,18 @@ settings |= os.environ
 
 def value(found):
     name, operator, words = found.groups()
-    return settings.get(name) or words if operator == "-" else words if settings.get(name) else ""
+    if operator == "+":
+        return words if settings.get(name) else ""
+    return settings.get(name) or words or ""
 
 yaml.SafeLoader.add_constructor("!reset", lambda loader, node: None)
 service = {{}}
 for file in settings.get("COMPOSE_FILE", "compose.yaml").split(":"):
     service |= yaml.safe_load(open(file))["services"]["vllm"]
-service["command"] = shlex.split(re.sub(r"\\$\\{{(\\w+):([-+])([^}}]*)\\}}", value, service["command"]))
+command, found = service["command"], 1
+while found:  # the innermost first
+    command, found = re.subn(r"\\$\\{{(\\w+)(?::([-+])([^${{}}]*))?\\}}", value, command)
+service["command"] = shlex.split(command)
 print(json.dumps({{"services": {{"vllm": {{name: part for name, part in service.items() if part is not None}}}}}}))
 """
 SETTINGS = (

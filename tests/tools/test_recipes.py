@@ -77,7 +77,9 @@ def check(tmp_path, monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         if gpus is None:  # a driver of the machine that runs the tests would answer
             monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.chdir(ROOT)
+        if not (folder := tmp_path / "checkout").exists():
+            fake_docker.checkout(folder)
+        monkeypatch.chdir(folder)
         files = ["--env-file", f"recipes/{recipe}.env"] if recipe else []
         monkeypatch.setattr(sys, "argv", ["fit.py", "--recipe", recipe, *files])
         status, said = fit.main(), capsys.readouterr()
