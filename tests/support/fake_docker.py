@@ -46,6 +46,7 @@ SETTINGS = (
     "MODEL",
     "TENSOR_PARALLEL_SIZE",
     "GPU_MEMORY_UTILIZATION",
+    "MAX_MODEL_LEN",
     "VLLM_ARGS",
     "RECIPE",
     "CHECK",
