@@ -191,4 +191,4 @@ def test_conversation_is_the_recipes_as_the_server_renders_it(expected, config):
         arguments = {"tools": request.get("tools"), **request["chat_template_kwargs"]}
         ids = tokenizer.apply_chat_template(request["messages"], **arguments)
         assert len(ids) == turn["prompt_tokens"] and ids[0] == config["bos_token_id"]
-    assert demo_server.QUESTION == expected["chat"][0]["request"]["messages"][0]["content"]
+    assert expected["chat"][0]["request"]["messages"][0]["content"] == demo_server.QUESTION
