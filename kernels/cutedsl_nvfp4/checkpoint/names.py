@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from .headers import CheckpointError
 
 KINDS = ("attention", "compressor", "indexer", "shared", "experts")
+EXPERTS = "ffn.experts"  # the routed ones, below a layer
 
 # --- the table, from DeepSeek's paths to transformers' ---
 
@@ -160,10 +161,17 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(found.group(1)), found.group(2)) if found else (None, name)
 
 
+def draft_index(name: str, num_layers: int) -> int | None:
+    """Which draft layer `name` belongs to, `mtp.{i}.*` or `layers.{num_layers + i}.*`; None for every other name."""
+    if found := re.match(r"(?:model\.)?mtp\.(\d{1,6})\.", name):
+        return int(found[1])
+    layer, _ = split_layer(name)
+    return layer - num_layers if layer is not None and layer >= num_layers else None
+
+
 def is_mtp(name: str, num_layers: int) -> bool:
     """Whether `name` belongs to the draft layers: copied as they are, under the names they have."""
-    layer, _ = split_layer(name)
-    return name.startswith(("mtp.", "model.mtp.")) or (layer is not None and layer >= num_layers)
+    return name.startswith(("mtp.", "model.mtp.")) or draft_index(name, num_layers) is not None
 
 
 def _identify_in_layer(rest: str) -> tuple[str, str] | None:
