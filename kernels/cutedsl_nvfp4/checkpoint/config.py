@@ -14,7 +14,9 @@ from . import layers
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"
+MODEL_TYPE = "deepseek_v4"
+# with text alone, and with a vision tower; vLLM's classes have the same names
+ARCHITECTURES = ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration")
 _COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 _NEEDED = (
     "num_hidden_layers",
@@ -127,7 +129,7 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError naming what the file lacks, contradicts, or says in words vLLM cannot follow.
     """
-    if fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+    if fields.get("architectures", [ARCHITECTURES[0]]) not in [[name] for name in ARCHITECTURES]:
         return fields  # draft models have configs of their own
     native = native_fields(fields)
     if native.get("topk_method") is None:
@@ -181,6 +183,20 @@ def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, 
     if method == "fp8":
         return _with_scale_format(config, quantization)
     return _with_native_ignore_list(config, quantization)
+
+
+def holds_nvfp4(quantization: Any) -> bool:
+    """Whether a `quantization_config`, in any exporter's words or `native_quantization`'s, makes any layer NVFP4."""
+    if isinstance(quantization, dict):
+        algorithms = [quantization.get(key) for key in ("quant_algo", "moe_quant_algo")]
+        if any("NVFP4" in str(algorithm).upper() for algorithm in algorithms):
+            return True
+        if (quantization.get("num_bits"), quantization.get("type"), quantization.get("group_size")) == (
+            4, "float", 16,
+        ):  # of one of compressed-tensors' groups  # fmt: skip
+            return True
+        return any(holds_nvfp4(value) for value in quantization.values())
+    return False
 
 
 def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
