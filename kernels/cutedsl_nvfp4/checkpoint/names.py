@@ -118,7 +118,8 @@ def _either(paths: Iterable[str]) -> str:
 
 _PATHS = {**_TOP_LEVEL_PATHS, **_IN_LAYER_PATHS}
 _FOREIGN = re.compile(
-    rf"^(?P<top>{_either(_TOP_LEVEL_PATHS)})(?!\w)"
+    r"^(?P<vision>(?:vision|aligner)\..*)"  # whole: the tower has an mlp too, which is no layer's
+    rf"|^(?P<top>{_either(_TOP_LEVEL_PATHS)})(?!\w)"
     rf"|(?<!\w)mlp\.experts\.(?P<expert>\d+|\*)\.(?P<matrix>{_either(_NATIVE_EXPERT)})(?!\w)"
     rf"|(?<!\w)(?P<path>{_either(_IN_LAYER_PATHS)})(?!\w)"
     rf"|(?<=\.)(?P<leaf>{_either(_MODELOPT_LEAVES)})$"
@@ -126,6 +127,8 @@ _FOREIGN = re.compile(
 
 
 def _replace(match: re.Match) -> str:
+    if match["vision"]:
+        return match["vision"]
     if match["expert"]:
         return f"ffn.experts.{match['expert']}.{_NATIVE_EXPERT[match['matrix']]}"
     return _MODELOPT_LEAVES[match["leaf"]] if match["leaf"] else _PATHS[match["top"] or match["path"]]
