@@ -6,9 +6,11 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from .. import settings
+from ..checkpoint import routing
 from ..checkpoint.config import holds_nvfp4
 from ..family import Layout
 from . import architectures, load_formats
+from .cpu import operators as cpu_operators
 
 
 def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | None) -> None:
@@ -99,6 +101,10 @@ def refuse_unchecked(vllm_config: VllmConfig) -> None:
     load_format = vllm_config.load_config.load_format
     if reason := load_formats.refusal(load_format, deepseek_v4=True):
         reasons.append(f"--load-format {load_format}: {reason}")
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    routed_in_torch = device == "cpu" and cpu_operators.are_defined()  # among any number
+    if not routed_in_torch and (reason := routing.refusal(model.hf_config.n_routed_experts, device)):
+        reasons.append(reason)
     if reasons:
         raise ValueError(f"a DeepSeek-V4 with NVFP4 layers is not served with {'; '.join(reasons)}")
 
