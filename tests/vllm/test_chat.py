@@ -108,6 +108,18 @@ def test_default_of_thinking(filled, monkeypatch, value, arguments):
     assert release.default_chat_template_kwargs == arguments
 
 
+@pytest.mark.parametrize("head", [{"num_nextn_predict_layers": 1}, {"dspark_block_size": 5}])
+@pytest.mark.parametrize(
+    "encoder, table",
+    [("REASONING_EFFORT_MAX = ''", {"effort_table": PREVIEW}), ("REASONING_EFFORT_PROMPTS = {}", {})],
+)
+def test_the_checkpoints_own_encoder_tells_preview_from_release(filled, tmp_path, head, encoder, table):
+    """A preview may have DSpark attached to it: its config.json looks like a release's."""
+    (tmp_path / "encoding").mkdir()
+    (tmp_path / "encoding/encoding_dsv4.py").write_text(encoder)
+    assert filled(DEEPSEEK | head).default_chat_template_kwargs == table
+
+
 def test_default_of_thinking_is_refused_for_another_model(filled, monkeypatch):
     monkeypatch.setenv(THINKING, "off")
     with pytest.raises(ValueError, match="CUTEDSL_NVFP4_THINKING=off: Qwen3ForCausalLM is no DeepSeek-V4"):
