@@ -91,7 +91,6 @@ def test_a_parser_that_does_not_exist_is_refused(filled, config, flag):
 @pytest.mark.parametrize(
     "value, arguments",
     [
-        ("", {}),
         ("on", {}),
         ("off", {"thinking": False}),
         ("low", {"reasoning_effort": "low"}),
