@@ -49,6 +49,16 @@ class NarrowTile:
         return self.stage_weight_bytes + self.stage_blocks * self.tokens * BLOCK_K * 2
 
     @property
+    def token_step(self) -> int:
+        """Tokens by which the boxes of TMA loads differ in height: what the swizzle repeats by."""
+        return 8
+
+    @property
+    def box_steps(self) -> int:
+        """Steps of the highest box of a TMA load."""
+        return self.tokens // self.token_step
+
+    @property
     def partial_bytes(self) -> int:
         return self.k_warps * PANEL_ROWS * self.tokens * 4
 
@@ -109,9 +119,16 @@ class WideTile:
         return PANEL_ROWS * self.panels
 
     @property
-    def box(self) -> int:
-        """Tokens of a TMA load."""
-        return self.tail or self.tokens
+    def token_step(self) -> int:
+        """Tokens by which the boxes of TMA loads differ in height: a quarter of a tile where swizzle and tail fit."""
+        most, part = self.tokens // self.multicast, (self.tail or self.tokens) // self.multicast
+        quarter = most // 4
+        return quarter if quarter % 8 == 0 and part % quarter == 0 else math.gcd(part, most // 2)
+
+    @property
+    def box_steps(self) -> int:
+        """Steps of the highest box of a TMA load."""
+        return self.tokens // self.multicast // self.token_step
 
     @property
     def stage_weight_bytes(self) -> int:
@@ -178,8 +195,8 @@ class WideTile:
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
             raise ValueError(f"{self}: multicast must be 1 or 2")
         if self.tail:
-            if not self.persistent or self.blocks > 1:
-                raise ValueError(f"{self}: only persistent tiles with one k block a stage have a tail")
+            if not self.persistent:
+                raise ValueError(f"{self}: only persistent tiles have a tail")
             if self.tail % 32 or not 0 < self.tail < self.tokens or self.tokens % self.tail:
                 raise ValueError(f"{self}: a tail is a multiple of 32 that divides the tile's tokens")
         _check_shared(self)
