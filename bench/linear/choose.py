@@ -2,10 +2,10 @@
 
     PYTHONPATH=kernels python3 -m bench.linear.choose ROWS.jsonl[.gz]... --gpu "NVIDIA H200" [--loss 0.01] [--out FILE]
 
-Between the measured numbers of tokens predict.py gives the times. Tiles are added greedily, the one that saves most time
-first, until no (shape, M) is more than `--loss` slower than its own best. Fewer tiles mean fewer kernels to compile ahead
-of time. A layer keeps its tile for as many more tokens as that is true of it: the table has few entries, and they end
-where another tile is faster, not at powers of two.
+Between the measured numbers of tokens predict.py gives the times. Tiles are added greedily, the one that saves most
+time first, until no (shape, M) is more than `--loss` slower than its own best. Fewer tiles mean fewer kernels to
+compile ahead of time. A layer keeps its tile for as many more tokens as that is true of it: the table has few entries,
+and they end where another tile is faster, not at powers of two.
 """
 
 from bisect import bisect_left
@@ -60,7 +60,9 @@ def between(times: choice.Times) -> choice.Times:
                 filled[*layer, m] = times[*layer, m]
                 continue
             at = bisect_left(measured, m)
-            near = [tile for tile, found in tiles.items() if measured[at - 1] in found or measured[at] in found]
+            near = [
+                tile for tile, found in tiles.items() if measured[at - 1] in found or measured[at] in found
+            ]
             filled[*layer, m] = {tile: predict(tile, panels, tiles[tile], m) for tile in near}
     return filled
 

@@ -1,8 +1,8 @@
 """The time of a tile at any number of tokens, from its times at others.
 
-Between two measured numbers of tokens a tile's time is a staircase: it rises where the SM with most to do gets more. How
-much that one does is known for every number of tokens (`load`). So the time is that of the measured number of tokens with
-the same load, or lies between those of the next smaller and the next larger one.
+Between two measured numbers of tokens a tile's time is a staircase: it rises where the SM with most to do gets more.
+How much that one does is known for every number of tokens (`load`). So the time is that of the measured number of
+tokens with the same load, or lies between those of the next smaller and the next larger one.
 """
 
 from collections.abc import Mapping

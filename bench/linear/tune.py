@@ -47,7 +47,9 @@ def eligible(config: LinearTile, m: int, panels_per_group: int, groups: int) -> 
     return config.tokens > 64 or m <= 8 * config.tokens or ctas <= MOST_SMALL_CTAS
 
 
-def expected(config: LinearTile, known: dict[LinearTile, dict[int, float]], panels: int, m: int) -> float | None:
+def expected(
+    config: LinearTile, known: dict[LinearTile, dict[int, float]], panels: int, m: int
+) -> float | None:
     """Microseconds at m tokens by a layer's times of an earlier run; with a tail also by those of the tile without."""
     if config in known:
         return predict(config, panels, known[config], m)
