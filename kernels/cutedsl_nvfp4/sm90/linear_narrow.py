@@ -230,7 +230,11 @@ class NarrowLinearKernel:
             if stage < count:
                 target = tXs[None, 0, stage]
                 cute.copy(
-                    x.atoms[0], tokens[None, first + stage], target, tma_bar_ptr=full + stage, tma_desc_ptr=descriptor
+                    x.atoms[0],
+                    tokens[None, first + stage],
+                    target,
+                    tma_bar_ptr=full + stage,
+                    tma_desc_ptr=descriptor,
                 )
         stage = Int32(0)
         phase = Int32(0)  # of `empty`: the ring is full, so the first wait is for a first release
@@ -241,7 +245,11 @@ class NarrowLinearKernel:
             load_weights(loads, (first + step,), stage, full, stage_bytes)
             target = tXs[None, 0, stage]
             cute.copy(
-                x.atoms[0], tokens[None, first + step], target, tma_bar_ptr=full + stage, tma_desc_ptr=descriptor
+                x.atoms[0],
+                tokens[None, first + step],
+                target,
+                tma_bar_ptr=full + stage,
+                tma_desc_ptr=descriptor,
             )
             stage, phase = advance(stage, phase, t.stages)
 

@@ -261,7 +261,7 @@ class WideLinearKernel:
     def share_tiles(self, m: Int32, row_tiles: Int32, token_group: Int32, max_ctas: Int32):
         """-> (the items, CTAs).
 
-        With a tail the last tokens are parts of tiles, if they do without one at least, and the tiles that fill no whole
+        With a tail the last tokens are parts of tiles, if they do without one at least. The tiles that fill no whole
         wave are cut into parts where the last CTA is then done earlier.
         """
         t = self.tile
@@ -553,7 +553,9 @@ class WideLinearKernel:
         if cutlass.const_expr(self.tile.multicast > 1):
             mask = cutlass.Int16((1 << self.tile.multicast) - 1)
             if box.height > 0:
-                cute.copy(x.atoms[0], *part, tma_bar_ptr=barrier, tma_desc_ptr=box.descriptor, mcast_mask=mask)
+                cute.copy(
+                    x.atoms[0], *part, tma_bar_ptr=barrier, tma_desc_ptr=box.descriptor, mcast_mask=mask
+                )
         else:
             cute.copy(x.atoms[0], *part, tma_bar_ptr=barrier, tma_desc_ptr=box.descriptor)
 
@@ -906,7 +908,7 @@ class WideLinearKernel:
         rank: Int32,
         storage,
     ):
-        """Partial sums of token slice `octet` go to the CTA octet % split_k of the cluster, of absent tokens nowhere."""
+        """Partial sums of token slice `octet` go to the cluster's CTA octet % split_k, of absent tokens nowhere."""
         t = self.tile
         reduced = smem_address(storage.empty.data_ptr() + t.stages)
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))

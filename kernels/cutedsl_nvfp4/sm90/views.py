@@ -100,13 +100,17 @@ def tokens_by_tma(x: cute.Tensor, step: int, steps: int, blocks: int, shared: bo
     atoms = []
     for tokens in range(step, steps * step + 1, step):
         box = (tokens, blocks * BLOCK_K)
-        layout = cute.tile_to_shape(warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16), box, order=(0, 1))
+        layout = cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16), box, order=(0, 1)
+        )
         atom, view = cpasync.make_tiled_tma_atom(load, x, layout, box)
         atoms.append(atom)
     return Tokens(view, tuple(atoms))
 
 
-def partition_tokens(x: Tokens, pipeline: Pipeline, step: int, blocks: int) -> tuple[cute.Tensor, cute.Tensor]:
+def partition_tokens(
+    x: Tokens, pipeline: Pipeline, step: int, blocks: int
+) -> tuple[cute.Tensor, cute.Tensor]:
     """-> (shared (box, steps, stages), global (box, steps, stages of k, groups)) views of loads of `x`."""
     box = (step, blocks * BLOCK_K)
     gX = cute.local_tile(x.view, box, (None, None, None))
