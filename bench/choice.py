@@ -98,6 +98,19 @@ def fastest(times: Times, tiles: list, loss: float = 0.0) -> dict[tuple, Hashabl
     return {key: min((t for t in tiles if t in found), key=found.get) for key, found in times.items()}
 
 
+def lines(content: dict) -> str:
+    """JSON with a line for every tile and for every layer."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            entries = (json.dumps(entry, separators=(",", ":")) for entry in value)
+            value = "[\n" + ",\n".join(entries) + "\n]"
+        else:
+            value = json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {value}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 @dataclass(frozen=True)
 class Product:
     """What the two programs differ in."""
@@ -108,12 +121,13 @@ class Product:
     layer: tuple[str, ...]  # the names of a layer's sizes
     size: str  # what the tiles of a layer are chosen by
     fields: Callable[[Hashable], dict]  # tiles as JSON
+    select: Callable[[Times, float], list]  # few tiles for all problems
     assign: Callable[[Times, list, float], dict[tuple, Hashable]]  # {problem of the file: its tile of these}
 
 
 def table(product: Product, times: Times, loss: float, gpu: str) -> dict:
     """The content of a file of shipped tiles."""
-    chosen = cover(times, loss)
+    chosen = product.select(times, loss)
     used = product.assign(times, chosen, loss)
     tiles = [t for t in chosen if t in set(used.values())]
     layers: dict[tuple, dict] = defaultdict(dict)
@@ -141,6 +155,6 @@ def main(product: Product, doc: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=product.output, help="the shipped file where left out")
     arguments = parser.parse_args(argv)
     content = table(product, product.read(arguments.rows), arguments.loss, arguments.gpu)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    arguments.out.write_text(lines(content))
     problems = sum(len(layer[product.size]) for layer in content["layers"])
     print(f"{len(content['tiles'])} tiles for {problems} problems -> {arguments.out}")

@@ -145,7 +145,6 @@ def wide() -> list[LinearTile]:
                 (WideTile(2, 256, 1, 5, persistent=True, multicast=2), (128,)),
                 (WideTile(2, 256, 1, 5, persistent=True, multicast=2, bulk=True), (64, 128)),
                 (WideTile(2, 256, 1, 5, persistent=True, multicast=2, lag=2, bulk=True), (128,)),
-                (WideTile(2, 96, 2, 5, persistent=True, bulk=True), (32,)),
                 (WideTile(2, 128, 2, 4, persistent=True, bulk=True), (64,)),
                 (WideTile(2, 160, 1, 7, persistent=True, bulk=True), (32,)),
                 (WideTile(2, 224, 1, 5, persistent=True, bulk=True), (32,)),

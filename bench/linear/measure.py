@@ -33,6 +33,7 @@ from bench.timing import (
     copies,
     floor_us,
     interleaved,
+    warm_up,
 )
 from cutedsl_nvfp4.sm90.linear import run
 
@@ -92,6 +93,7 @@ def measure(
     shape: Shape, tokens: Iterable[int], peers: list, limits: dict, rows: list, deadline: float
 ) -> None:
     found, reference = implementations(shape, peers)
+    warm_up()
     for m in tokens:
         if time.monotonic() > deadline:
             print("out of time at", shape, m, flush=True)

@@ -112,7 +112,7 @@ def test_every_tile(monkeypatch, random_weight, config, late):
 @pytest.mark.parametrize("tiles", [3, 5, 7])
 def test_waves(monkeypatch, random_weight, config, tiles):
     """Whole waves, and a last one that is cut into parts or too full for that; several tiles a CTA."""
-    emulated(monkeypatch, 4, tiles)
+    emulated(monkeypatch, 4, True, tiles)
     m = tiles * config.tokens - config.tail - 5
     assert right(*product(random_weight, config, m, n=64 * config.panels * config.multicast, k=192))
 

@@ -18,7 +18,7 @@ from bench.experts.measure import best_tiles
 from bench.linear.choose import read, runs
 from bench.linear.measure import STRATA, draw
 from bench.linear.peers import CublasBf16, clone
-from bench.linear.predict import PART, load, predict
+from bench.linear.predict import load, predict
 from bench.linear.tune import exact_product, random_weights, relative_error
 from bench.shapes import EXPERT_CASES, Shape, model_shapes, selected_shapes
 from cutedsl_nvfp4.reference import dequantize
@@ -137,26 +137,23 @@ def test_a_later_file_replaces_a_problem_whole(tmp_path):
             WideTile(2, 256, persistent=True, tail=64),
             64,
             1025,
-            1 + PART / 4,
+            1.46,
         ),  # and 32 parts, for which 4 CTAs are left
+        (WideTile(2, 256, persistent=True, tail=64), 4, 1025, 0.46),  # 8 tiles, cut into 32 parts, and 2 more
         (
-            WideTile(2, 256, persistent=True, tail=128),
+            WideTile(2, 256, persistent=True, tail=64),
             264,
-            256 + 128,
-            1 + PART / 2,
-        ),  # a wave and one of parts
-        (
-            WideTile(2, 256, persistent=True, tail=64),
-            64,
-            1536,
-            1 + 2 * PART / 4,
-        ),  # 60 tiles cut into 240 parts
-        (
-            WideTile(2, 256, persistent=True, tail=64),
-            64,
-            2040,
+            256 + 150,
             2,
-        ),  # 256 tiles: cut, the last 124 would take longer
+        ),  # three parts would take longer than a tile
+        (WideTile(2, 256, persistent=True, tail=128), 264, 256 + 128, 1.5),  # a wave and one of parts
+        (WideTile(2, 256, persistent=True, tail=64), 64, 1536, 1.92),  # 60 tiles cut into 240 parts
+        (
+            WideTile(2, 256, persistent=True, tail=64),
+            32,
+            1280,
+            1,
+        ),  # 80 tiles: three waves of parts would take longer
     ],
     ids=str,
 )

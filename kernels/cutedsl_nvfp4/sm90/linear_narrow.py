@@ -213,7 +213,9 @@ class NarrowLinearKernel:
         full = pipeline.full
         tXs, tXg = partition_tokens(x, pipeline, t.token_step, t.stage_blocks)
         first_step = place.token_tile * t.box_steps
-        present = cutlass.min(cute.ceil_div(x.view.shape[0], t.token_step) - first_step, t.box_steps)
+        present = Int32(1)  # of one step, there is a token in every tile
+        if cutlass.const_expr(t.box_steps > 1):
+            present = cutlass.min(cute.ceil_div(x.view.shape[0], t.token_step) - first_step, t.box_steps)
         descriptor = descriptor_of(x, present)
         stage_bytes = t.stage_weight_bytes + present * (t.token_step * t.stage_blocks * BLOCK_K * 2)
         tokens = tXg[None, first_step, None, place.panel // panels_per_group]

@@ -259,37 +259,50 @@ class WideLinearKernel:
 
     @cute.jit
     def share_tiles(self, m: Int32, row_tiles: Int32, token_group: Int32, max_ctas: Int32):
-        """-> (the items, CTAs).
-
-        With a tail the last tokens are parts of tiles, if they do without one at least. The tiles that fill no whole
-        wave are cut into parts where the last CTA is then done earlier.
-        """
+        """-> (the items, CTAs): with a tail as `dealt` finds the last CTA done first."""
         t = self.tile
         steps = cute.ceil_div(m, t.token_step)
         token_tiles = cute.ceil_div(m, t.tokens)
         last_parts, cut = Int32(0), Int32(0)
         if cutlass.const_expr(t.tail > 0):
             parts = cutlass.const_expr(t.tokens // t.tail)
-            last_parts = cute.ceil_div(m - (token_tiles - 1) * t.tokens, t.tail)
-            if last_parts == parts:
-                last_parts = Int32(0)
-            else:
+            rest, cost = self.dealt(token_tiles, last_parts, row_tiles, max_ctas)
+            present = cute.ceil_div(m - (token_tiles - 1) * t.tokens, t.tail)
+            rest_beside, cost_of_parts = self.dealt(token_tiles - 1, present, row_tiles, max_ctas)
+            if present < parts and cost_of_parts <= cost:
                 token_tiles -= 1
-        whole = token_tiles * row_tiles
-        items = whole + last_parts * row_tiles
-        if cutlass.const_expr(t.tail > 0):
-            rest = whole % max_ctas
-            # In parts: what the CTAs with one of the rest do after the whole waves, and what all do if it is cut
-            after = cutlass.max(last_parts * row_tiles - (max_ctas - rest), 0)
-            uncut = parts + cute.ceil_div(after, max_ctas)
-            if cute.ceil_div(rest * parts + last_parts * row_tiles, max_ctas) < uncut:
-                cut = rest * parts
-                whole -= rest
-                items += cut - rest
+                last_parts = present
+                rest = rest_beside
+            cut = rest * parts
+            items = token_tiles * row_tiles - rest + cut + last_parts * row_tiles
+            whole = token_tiles * row_tiles - rest
+        else:
+            whole = token_tiles * row_tiles
+            items = whole
         ctas = items * t.split_k
         if cutlass.const_expr(t.persistent):
             ctas = cutlass.min(items, max_ctas)
         return Grid(token_group, steps, token_tiles, row_tiles, last_parts, whole, cut, items), ctas
+
+    @cute.jit
+    def dealt(self, token_tiles: Int32, last_parts: Int32, row_tiles: Int32, max_ctas: Int32):
+        """-> (tiles to cut into parts, the time until the last CTA is done), in hundredths of a tile's.
+
+        The tiles that fill no whole wave are cut where that is done earlier than they are and, on the CTAs that have
+        none of them, the parts of the last tokens.
+        """
+        t = self.tile
+        parts, part = cutlass.const_expr(t.tokens // t.tail), cutlass.const_expr(t.part_percent)
+        waves = token_tiles * row_tiles // max_ctas
+        rest = token_tiles * row_tiles % max_ctas
+        beside = last_parts * row_tiles
+        cut_cost = waves * 100 + cute.ceil_div(rest * parts + beside, max_ctas) * part
+        cost = (waves + 1) * 100 + cute.ceil_div(cutlass.max(beside - (max_ctas - rest), 0), max_ctas) * part
+        if cut_cost < cost:
+            cost = cut_cost
+        else:
+            rest = Int32(0)
+        return rest, cost
 
     @cute.kernel
     def kernel(
@@ -500,7 +513,9 @@ class WideLinearKernel:
                 else:
                     steps = Int32(tile_steps)
                 token_tile, row_tile = self.tile_at(tile, grid)
-                first = token_tile * tile_steps + part * part_steps
+                # A part without a token is the last one that has some, once more: equal results are stored twice
+                last = (grid.steps - 1) // part_steps * part_steps
+                first = cutlass.min(token_tile * tile_steps + part * part_steps, last)
             else:
                 in_last = in_cut - grid.cut
                 pair = in_last // t.multicast

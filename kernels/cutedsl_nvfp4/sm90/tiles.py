@@ -18,6 +18,10 @@ BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
 BLOCK_SCALE_BYTES = PANEL_ROWS * BLOCK_K // 16
 SM90_SHARED_MEMORY = 227 * 1024  # bytes one CTA may use
 MAX_CLUSTER = 8  # the portable cluster size
+PANEL_CLOCKS = 2.2  # of a k block's wgmmas, for each panel and token: 4096 multiply-adds a clock, at 90%
+LEAST_BLOCK_CLOCKS = (
+    520  # of a k block: weights are decoded for any number of tokens; measured with tails of 64
+)
 BULK_BUFFERS = 3  # pieces of a panel's results: one written, one read by TMA, one between
 
 
@@ -129,6 +133,14 @@ class WideTile:
     def box_steps(self) -> int:
         """Steps of the highest box of a TMA load."""
         return self.tokens // self.multicast // self.token_step
+
+    @property
+    def part_percent(self) -> int:
+        """A part's time in percent of a tile's: below LEAST_BLOCK_CLOCKS fewer tokens save none."""
+        tile, part = (
+            max(PANEL_CLOCKS * self.panels * n, LEAST_BLOCK_CLOCKS) for n in (self.tokens, self.tail)
+        )
+        return round(100 * part / tile)
 
     @property
     def stage_weight_bytes(self) -> int:
@@ -254,7 +266,7 @@ def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bo
         return _general(n, k, m)
     if batch_invariant:
         return _invariant(n, k, m)
-    return _measured(n, k, groups, min(m, 1 << 13))
+    return _measured(n, k, groups, m)
 
 
 @cache
