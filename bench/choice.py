@@ -77,26 +77,38 @@ def cover(times: Times, loss: float) -> list:
     chosen: list = []
     best = {key: min(found.values()) for key, found in times.items()}
     current = {key: 10 * best[key] for key in times}
-    tiles = {tile for found in times.values() for tile in found}
+    by_tile: dict[Hashable, list[tuple]] = defaultdict(list)
+    for key, found in times.items():
+        for tile, us in found.items():
+            by_tile[tile].append((key, max(us, (1 + loss) * best[key])))
     while any(current[key] > (1 + loss) * best[key] for key in times):
 
         def gain(tile):
-            return sum(
-                max(0.0, current[key] - max(found[tile], (1 + loss) * best[key])) / best[key]
-                for key, found in times.items()
-                if tile in found
-            )
+            return sum(max(0.0, current[key] - us) / best[key] for key, us in by_tile[tile])
 
-        pick = max(tiles - set(chosen), key=lambda tile: (gain(tile), repr(tile)))
+        pick = max(by_tile.keys() - set(chosen), key=lambda tile: (gain(tile), repr(tile)))
         chosen.append(pick)
         for key, found in times.items():
             current[key] = min(current[key], found.get(pick, float("inf")))
     return chosen
 
 
-def fastest(times: Times, tiles: list) -> dict[tuple, Hashable]:
+def fastest(times: Times, tiles: list, loss: float = 0.0) -> dict[tuple, Hashable]:
     """{problem: the fastest of `tiles` on it}"""
     return {key: min((t for t in tiles if t in found), key=found.get) for key, found in times.items()}
+
+
+def lines(content: dict) -> str:
+    """JSON with a line for every tile and for every layer."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            entries = (json.dumps(entry, separators=(",", ":")) for entry in value)
+            value = "[\n" + ",\n".join(entries) + "\n]"
+        else:
+            value = json.dumps(value)
+        parts.append(f"{json.dumps(name)}: {value}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 @dataclass(frozen=True)
@@ -109,12 +121,14 @@ class Product:
     layer: tuple[str, ...]  # the names of a layer's sizes
     size: str  # what the tiles of a layer are chosen by
     fields: Callable[[Hashable], dict]  # tiles as JSON
+    select: Callable[[Times, float], list]  # few tiles for all problems
+    assign: Callable[[Times, list, float], dict[tuple, Hashable]]  # {problem of the file: its tile of these}
 
 
 def table(product: Product, times: Times, loss: float, gpu: str) -> dict:
     """The content of a file of shipped tiles."""
-    chosen = cover(times, loss)
-    used = fastest(times, chosen)
+    chosen = product.select(times, loss)
+    used = product.assign(times, chosen, loss)
     tiles = [t for t in chosen if t in set(used.values())]
     layers: dict[tuple, dict] = defaultdict(dict)
     for (*layer, size), best in sorted(used.items(), key=lambda item: item[0]):
@@ -141,6 +155,6 @@ def main(product: Product, doc: str, argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=product.output, help="the shipped file where left out")
     arguments = parser.parse_args(argv)
     content = table(product, product.read(arguments.rows), arguments.loss, arguments.gpu)
-    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
+    arguments.out.write_text(lines(content))
     problems = sum(len(layer[product.size]) for layer in content["layers"])
     print(f"{len(content['tiles'])} tiles for {problems} problems -> {arguments.out}")

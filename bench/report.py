@@ -3,6 +3,7 @@
     python3 -m bench.report ROWS.json...           rows of bench.linear.measure or of bench.experts.measure, or both
     python3 -m bench.report ROWS.json... --bars    the bars alone
     python3 -m bench.report ROWS.json... --bars --expected docs/results/expected_misses.json    (make bench-check)
+    python3 -m bench.report ROWS.json[.gz]... --drawn    rows of bench.linear.measure --draw, by range of M
 
 It prints tables, nothing else. docs/results/h200_linear.md and h200_experts.md are written by hand: copy tables into
 them, and never send this output to those files.
@@ -16,12 +17,14 @@ are none any more are named.
 """
 
 import argparse
+import gzip
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 OURS = "cutedsl_nvfp4"
 PEERS = ("quack", "humming", "marlin", "cublas_bf16")
@@ -37,8 +40,8 @@ def save(result: dict, path: str) -> None:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """The runs of a file, oldest first."""
-    with open(path) as file:
+    """The runs of a file, oldest first; compressed where its name ends in .gz."""
+    with gzip.open(path, "rt") if str(path).endswith(".gz") else open(path) as file:
         content = json.load(file)
     return content.get("runs", [content])
 
@@ -209,6 +212,48 @@ def linear_table(rows: list[dict]) -> None:
         )
 
 
+def steps_down(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """Neighbours in M of one shape, in one run's rows, where fewer tokens take longer by more than 3% and 0.3 us."""
+    ordered = sorted(rows, key=lambda row: (row["shape"], row["m"]))
+    return [
+        (fewer, more)
+        for fewer, more in pairwise(ordered)
+        if fewer["shape"] == more["shape"] and fewer["us"][OURS] > 1.03 * more["us"][OURS] + 0.3
+    ]
+
+
+def drawn_table(runs: list[dict], peer: str = "cublas_bf16") -> None:
+    """By range of M: how far from the floor and from the peer, and the rows that are behind it."""
+    rows = [row for run in runs for row in run["rows"]]
+    print(
+        "| M | rows | ours / floor | with cuBLAS | cuBLAS / ours | over 1.02 | over 1.05 | worst | worst error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for low, high in ((1, 32), (33, 512), (513, 16384), (1, 16384)):
+        kept = [row for row in rows if low <= row["m"] <= high]
+        ratios = sorted(row["us"][OURS] / row["us"][peer] for row in kept if peer in row["us"])
+        print(
+            f"| {low} to {high} | {len(kept)} | {geometric_mean(over_floor(kept, lambda m: True)):.2f} "
+            f"| {len(ratios)} | {1 / geometric_mean(ratios):.2f} "
+            f"| {sum(r > 1.02 for r in ratios)} | {sum(r > 1.05 for r in ratios)} | {ratios[-1]:.2f} "
+            f"| {max(errors_over_rounding(kept).values()):.3f} |"
+        )
+    down = [pair for run in runs for pair in steps_down(run["rows"])]
+    print(f"\nsteps down in M: {len(down)}")
+    for fewer, more in down:
+        print(f"  {problem(fewer)} {fewer['us'][OURS]:.2f}, M={more['m']} {more['us'][OURS]:.2f}")
+    print("\n| linear | N x K | M | floor | ours | cuBLAS | ours / cuBLAS | SM MHz: ours, cuBLAS |")
+    print("|---|---|---|---|---|---|---|---|")
+    behind = [row for row in rows if peer in row["us"] and row["us"][OURS] > 1.02 * row["us"][peer]]
+    for row in sorted(behind, key=lambda row: -row["us"][OURS] / row["us"][peer]):
+        ours, theirs = row["us"][OURS], row["us"][peer]
+        clocks = ", ".join(str(row.get("sm_mhz", {}).get(name, "-")) for name in (OURS, peer))
+        print(
+            f"| {row['shape']} | {row['n']} x {row['k']} | {row['m']} | {row['floor_us']:.1f} | {ours:.1f} "
+            f"| {theirs:.1f} | {ours / theirs:.2f} | {clocks} |"
+        )
+
+
 def expert_table(rows: list[dict]) -> None:
     print(f"\n| layer | M | routing | experts touched | floor | ours | {' | '.join(EXPERT_PEERS)} |")
     print("|---|---|---|---|---|---|" + "---|" * len(EXPERT_PEERS))
@@ -226,9 +271,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--bars", action="store_true")
+    parser.add_argument("--drawn", action="store_true", help="the rows are of bench.linear.measure --draw")
     parser.add_argument("--expected", metavar="FILE", help="recorded misses")
     arguments = parser.parse_args(argv)
     every = [run for path in arguments.rows for run in read(path)]
+    if arguments.drawn:
+        drawn_table(every)
+        return 0
     recorded: dict[str, list[dict]] = {}
     if arguments.expected:
         with open(arguments.expected) as file:

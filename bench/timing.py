@@ -1,5 +1,6 @@
 """Time short kernels: CUDA graphs over rotated operands, medians, and the ceilings of the machine at hand."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,16 @@ def capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
         for call in calls:
             call()
     return graph
+
+
+def warm_up(seconds: float = 0.3) -> None:
+    """Keep the GPU busy until its clocks have risen: what is timed in the first 0.2 s would take up to 25% longer."""
+    words = torch.zeros(1 << 26, dtype=torch.int32, device="cuda")
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for _ in range(50):
+            torch.bitwise_not(words, out=words)
+        torch.cuda.synchronize()
 
 
 def _replay_us(graph: torch.cuda.CUDAGraph, replays: int = 1) -> float:

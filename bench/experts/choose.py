@@ -62,6 +62,8 @@ EXPERTS = choice.Product(
     layer=("experts", "hidden", "intermediate"),
     size="tiles_by_mean_tokens",
     fields=lambda tiles: {"w13": choice.tile_fields(tiles.w13), "w2": choice.tile_fields(tiles.w2)},
+    select=choice.cover,
+    assign=choice.fastest,
 )
 
 

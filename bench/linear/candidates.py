@@ -140,9 +140,17 @@ def wide() -> list[LinearTile]:
                 (WideTile(2, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
                 (WideTile(2, 256, 1, 5, persistent=True), (64, 128)),
                 (WideTile(2, 256, 1, 5, persistent=True, bulk=True), (64, 128)),
-                (WideTile(2, 256, 1, 5, persistent=True, lag=1, bulk=True), (128,)),
+                (WideTile(2, 256, 1, 5, persistent=True, lag=1, bulk=True), (64, 128)),
+                (WideTile(2, 256, 1, 5, persistent=True, lag=2, bulk=True), (64, 128)),
                 (WideTile(2, 256, 1, 5, persistent=True, multicast=2), (128,)),
+                (WideTile(2, 256, 1, 5, persistent=True, multicast=2, bulk=True), (64, 128)),
                 (WideTile(2, 256, 1, 5, persistent=True, multicast=2, lag=2, bulk=True), (128,)),
+                (WideTile(2, 128, 2, 4, persistent=True, bulk=True), (64,)),
+                (WideTile(2, 160, 1, 7, persistent=True, bulk=True), (32,)),
+                (WideTile(2, 224, 1, 5, persistent=True, bulk=True), (32,)),
+                (WideTile(3, 128, 2, 4, persistent=True, bulk=True), (64,)),
+                (WideTile(3, 160, 1, 7, persistent=True, bulk=True), (32,)),
+                (WideTile(3, 192, 1, 6, persistent=True, multicast=2, bulk=True), (96,)),
                 (WideTile(3, 128, 1, 7, persistent=True, bulk=True), (64,)),
                 (WideTile(3, 192, 1, 6, persistent=True), (64,)),
                 (WideTile(3, 192, 1, 6, persistent=True, bulk=True), (64, 96)),
@@ -151,31 +159,3 @@ def wide() -> list[LinearTile]:
         ]
     )
     return small + large + _signalled(small + large)
-
-
-def estimate(config: LinearTile, panels: int, k: int, m: int, sms: int = 132) -> float:
-    """Clocks of the SM with most to do: what decides between wide tiles, within about 15%.
-
-    A k block costs its wgmmas (4096 multiply-adds a clock, the less overlapped the fewer tokens a decoded weight
-    meets) and, where one warpgroup is alone, the instructions that decode it; a kernel costs its first loads and
-    last stores, a cluster its exchange. Clusters of four and more leave SMs of a GPC over.
-    """
-
-    def block(tokens: int) -> float:
-        wgmmas = 2 * config.panels * tokens / (0.92 if tokens > 128 else 0.87)
-        decoding = 96 * config.panels * (1.3 if tokens > 128 else 1.0)
-        if config.panels * config.ctas_per_sm == 1:
-            return wgmmas + decoding
-        return max(wgmmas, decoding / 0.7)
-
-    tiles = -(-panels // config.panels) * -(-m // config.tokens)
-    slots = sms if config.split_k < 4 else sms * 9 // 10
-    whole, rest = divmod(tiles * config.split_k, slots)
-    parts = config.tokens // config.tail if isinstance(config, WideTile) and config.tail else 1
-    if rest * parts <= (parts - 1) * slots:
-        clocks = whole * block(config.tokens) + -(-rest * parts // slots) * block(
-            config.tail or config.tokens
-        )
-    else:
-        clocks = (whole + (rest > 0)) * block(config.tokens)
-    return clocks * (-(-k // 64) / config.split_k) + 6000 + 3500 * (config.split_k > 1)

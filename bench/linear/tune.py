@@ -1,32 +1,39 @@
 """Measure every candidate tile on every linear and token count -> JSON lines, one per (shape, M, config).
 
     PYTHONPATH=kernels python3 -m bench.linear.tune OUT.jsonl [--shapes I:J] [--tokens 1,16,2048] [--seconds S]
-        [--known ROWS.jsonl.gz] [--without bulk=True,panels=3]
+        [--known ROWS.jsonl.gz... [--slack 1.06] [--most 10]] [--done ROWS.jsonl.gz...] [--without bulk=True,panels=3]
 
 Every configuration is checked against float64 on sampled rows before it is timed; a wrong one ends the run.
-A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next, and
-with `--known` none that took more than 1.06 times the best's time in those rows, nor a wide one that is not in them
-and has more to do than the best (candidates.estimate).
+A configuration 1.5 times slower than the best at one M, with smaller tiles, is not tried at the next. With `--known`
+only the `--most` fastest are tried that predict.py expects, from those rows, within `--slack` times the best's time.
+A problem of which the `--done` rows have all that would be tried is left out.
 """
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from bench.linear import candidates
-from bench.linear.choose import read
+from bench.linear.choose import by_layer, read
+from bench.linear.predict import load, predict, predict_by_others
 from bench.shapes import Shape, linear_parser, selected_shapes
-from bench.timing import capture, copies, microseconds
+from bench.timing import capture, copies, microseconds, warm_up
 from cutedsl_nvfp4.reference import dequantize
 from cutedsl_nvfp4.sm90.layout import pack_linear
 from cutedsl_nvfp4.sm90.linear import run
-from cutedsl_nvfp4.sm90.tiles import LinearTile, NarrowTile
+from cutedsl_nvfp4.sm90.tiles import LinearTile, NarrowTile, WideTile
 
+# where choose.py asks for times; between them predict.py gives them
+TOKENS = (
+    1, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 2560, 3072,
+    4096, 6144, 8192, 16384,
+)  # fmt: skip
 SAMPLED_ROWS = 64
-KNOWN_LOSS = 1.06
+Known = dict[LinearTile, dict[int, float]]  # a layer's {tile: {m: us}}
 MOST_SMALL_CTAS = 264  # of tiles of few tokens: two an SM
 
 
@@ -42,16 +49,44 @@ def eligible(config: LinearTile, m: int, panels_per_group: int, groups: int) -> 
     return config.tokens > 64 or m <= 8 * config.tokens or ctas <= MOST_SMALL_CTAS
 
 
-def worth_trying(config: LinearTile, before: dict[LinearTile, float], panels: int, k: int, m: int) -> bool:
-    """Whether the times of an earlier run, `before`, leave a configuration a chance."""
-    if not before:
-        return True
-    best = min(before, key=before.get)
-    if config in before:
-        return before[config] <= KNOWN_LOSS * before[best]
-    if isinstance(config, NarrowTile) or isinstance(best, NarrowTile):
-        return True
-    return candidates.estimate(config, panels, k, m) <= candidates.estimate(best, panels, k, m)
+def all_times(paths: Iterable[str]) -> dict[tuple[int, int, int], Known]:
+    """{(n, k, groups): times} of all files; a later one's count more, but replace no other tile's."""
+    layers: dict[tuple[int, int, int], Known] = {}
+    for path in paths:
+        for layer, tiles in by_layer(read([path])).items():
+            for tile, times in tiles.items():
+                layers.setdefault(layer, {}).setdefault(tile, {}).update(times)
+    return layers
+
+
+def expected(config: LinearTile, known: Known, panels: int, m: int) -> float | None:
+    """Microseconds at m tokens by a layer's times of an earlier run; with a tail also by those of the tile without."""
+    if config in known:
+        return predict(config, panels, known[config], m)
+    if isinstance(config, WideTile) and config.tail:
+        uncut = replace(config, tail=0)
+        us = expected(uncut, known, panels, m)
+        return us and us * load(config, panels, m) / load(uncut, panels, m)
+    return None
+
+
+def worth_trying(
+    configs: Iterable[LinearTile],
+    known: Known,
+    panels: int,
+    m: int,
+    slack: float,
+    most: int,
+) -> Collection[LinearTile]:
+    """The configurations that the times of an earlier run leave a chance; all where it has none."""
+    found = {config: us for config in configs if (us := expected(config, known, panels, m))}
+    for config in set(configs) - found.keys():
+        if us := predict_by_others(config, panels, found, m):
+            found[config] = us
+    if not found:
+        return configs
+    best = min(found.values())
+    return sorted((config for config, us in found.items() if us <= slack * best), key=found.get)[:most]
 
 
 def _smaller(config: LinearTile, best: LinearTile) -> bool:
@@ -92,12 +127,23 @@ def relative_error(out: torch.Tensor, rows: torch.Tensor, exact: torch.Tensor) -
     )
 
 
-def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, without: Sequence[str]) -> None:
-    """`known` is what choose.read gives, {(n, k, groups, m): {tile: us}}; `without` are parts of a tile's repr."""
+def tune(
+    shape: Shape,
+    tokens: list[int],
+    file,
+    deadline: float,
+    known: Known,
+    done: Known,
+    slack: float,
+    most: int,
+    without: Sequence[str],
+) -> None:
+    """`known` and `done` are the layer's times of earlier runs; `without` are parts of a tile's repr."""
     codes, scales, rotated, row_scale = operands(shape)
     panels_per_group = -(-shape.n // 64) // shape.groups
     configs = candidates.narrow() + candidates.wide()
     configs = [c for c in configs if not any(part in repr(c) for part in without)]
+    warm_up()
     slow: set[LinearTile] = set()
     verified: set[LinearTile] = set()
     for m in tokens:
@@ -105,12 +151,11 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
         times: dict[LinearTile, float] = {}
         exact = exact_product(shape, codes, scales, row_scale, x)
         rows = []  # written together: half a problem's configurations must not replace an earlier run's
-        before = known.get((shape.n, shape.k, shape.groups, m), {})
-        for config in configs:
-            if not worth_trying(config, before, panels_per_group * shape.groups, shape.k, m):
-                continue
-            if config in slow or not eligible(config, m, panels_per_group, shape.groups):
-                continue
+        left = [c for c in configs if c not in slow and eligible(c, m, panels_per_group, shape.groups)]
+        left = worth_trying(left, known, panels_per_group * shape.groups, m, slack, most)
+        if all(m in done.get(config, {}) for config in left):
+            continue
+        for config in left:
             if time.monotonic() > deadline:
                 print("out of time at", shape, m, flush=True)
                 return
@@ -125,7 +170,7 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
                         f"{config} is wrong on {shape}, M = {m}: error {error}, rounding alone {rounding}"
                     )
                 verified.add(config)
-            calls = rotated[: 16 if m >= 512 else None]
+            calls = rotated[: 4 if m >= 4096 else 16 if m >= 512 else None]
             graph = capture([lambda w=w: call(w) for w in calls])
             times[config] = microseconds(graph, len(calls), repeats=3, target_us=1500.0)
             row = {"shape": shape.name, "n": shape.n, "k": shape.k, "groups": shape.groups, "m": m}
@@ -140,15 +185,22 @@ def tune(shape: Shape, tokens: list[int], file, deadline: float, known: dict, wi
 
 def main() -> None:
     parser = linear_parser(__doc__)
-    parser.add_argument("--known", help="rows of an earlier run")
+    parser.set_defaults(tokens=",".join(map(str, TOKENS)))
+    parser.add_argument("--known", nargs="*", default=[], help="rows of earlier runs")
+    parser.add_argument("--done", nargs="*", default=[], help="rows that need not be measured again")
+    parser.add_argument("--slack", type=float, default=1.06)
+    parser.add_argument("--most", type=int, default=10)
     parser.add_argument("--without", default="", help="no configurations whose repr contains one of these")
     arguments = parser.parse_args()
     without = list(filter(None, arguments.without.split(",")))
-    known = read([arguments.known]) if arguments.known else {}
+    known, done = all_times(arguments.known), all_times(arguments.done)
     deadline = time.monotonic() + arguments.seconds
     with open(arguments.out, "w") as file:
         for shape in selected_shapes(arguments.shapes):
-            tune(shape, [int(m) for m in arguments.tokens.split(",")], file, deadline, known, without)
+            layer = (shape.n, shape.k, shape.groups)
+            earlier = (known.get(layer, {}), done.get(layer, {}))
+            tokens = [int(m) for m in arguments.tokens.split(",")]
+            tune(shape, tokens, file, deadline, *earlier, arguments.slack, arguments.most, without)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import torch
 from bench import choice, report, warm
 from bench.experts.choose import parse_tiles
 from bench.experts.measure import best_tiles
-from bench.linear.choose import read
+from bench.linear.choose import read, runs
+from bench.linear.measure import STRATA, draw
 from bench.linear.peers import CublasBf16, clone
+from bench.linear.predict import load, predict
 from bench.linear.tune import exact_product, random_weights, relative_error
 from bench.shapes import EXPERT_CASES, Shape, model_shapes, selected_shapes
 from cutedsl_nvfp4.reference import dequantize
@@ -119,6 +122,68 @@ def test_a_later_file_replaces_a_problem_whole(tmp_path):
     )
     new = rows("new.jsonl", (1, "WideTile(tokens=64)", 3.0))
     assert read([old, new]) == {(64, 64, 1, 1): {WideTile(2, 64): 3.0}, (64, 64, 1, 2): {NarrowTile(8): 1.0}}
+
+
+@pytest.mark.parametrize(
+    "tile, panels, m, expected",
+    [
+        (NarrowTile(16, split_k=2), 66, 5, 1),  # 132 CTAs, one an SM
+        (NarrowTile(16, split_k=2), 67, 5, 2),
+        (WideTile(2, 128), 264, 128, 1),
+        (WideTile(2, 128), 264, 129, 2),
+        (WideTile(2, 128, persistent=True, multicast=2), 131, 128, 1),  # 66 row tiles, in pairs
+        (WideTile(2, 256, persistent=True, tail=64), 64, 1024, 1),  # 128 tiles
+        (
+            WideTile(2, 256, persistent=True, tail=64),
+            64,
+            1025,
+            1.46,
+        ),  # and 32 parts, for which 4 CTAs are left
+        (WideTile(2, 256, persistent=True, tail=64), 4, 1025, 0.46),  # 8 tiles, cut into 32 parts, and 2 more
+        (
+            WideTile(2, 256, persistent=True, tail=64),
+            264,
+            256 + 150,
+            2,
+        ),  # three parts would take longer than a tile
+        (WideTile(2, 256, persistent=True, tail=128), 264, 256 + 128, 1.5),  # a wave and one of parts
+        (WideTile(2, 256, persistent=True, tail=64), 64, 1536, 1.92),  # 60 tiles cut into 240 parts
+        (
+            WideTile(2, 256, persistent=True, tail=64),
+            32,
+            1280,
+            1,
+        ),  # 80 tiles: three waves of parts would take longer
+    ],
+    ids=str,
+)
+def test_what_the_busiest_sm_computes(tile, panels, m, expected):
+    assert load(tile, panels, m) == pytest.approx(expected)
+
+
+def test_a_time_between_two_measured_ones():
+    """N = 4096 by 128 x 256: 128 tiles up to 1,024 tokens, 160 up to 1,280, 256 up to 2,048, 288 up to 2,304."""
+    tile, times = WideTile(2, 256), {1024: 80.0, 2048: 160.0, 4096: 320.0}
+    at = {m: predict(tile, 64, times, m) for m in (1000, 1024, 1025, 2000, 2048, 2049, 3072, 4000)}
+    assert at == {1000: 80, 1024: 80, 1025: 160, 2000: 160, 2048: 160, 2049: 240, 3072: 240, 4000: 320}
+    assert predict(tile, 64, times, 8192) == 640  # nothing larger was measured: by what there is to do
+    assert predict(tile, 64, times, 16) is None  # too far from all of them
+
+
+def test_a_tile_is_kept_for_as_long_as_it_is_nearly_the_fastest():
+    fast, even = WideTile(2, 64), WideTile(2, 128)
+    us = {64: (1.0, 1.005), 128: (2.0, 2.01), 256: (4.1, 4.0), 512: (9.0, 8.0)}
+    times = {(64, 64, 1, m): {fast: a, even: b} for m, (a, b) in us.items()}
+    assert runs(times, [fast, even], loss=0.01) == {(64, 64, 1, 512): even}
+    assert runs(times, [fast, even], loss=0.001) == {(64, 64, 1, 128): fast, (64, 64, 1, 512): even}
+
+
+def test_drawn_problems_cover_every_shape_and_range():
+    shapes = model_shapes()
+    pairs = draw(shapes, 6 * len(shapes), seed=3)
+    assert pairs == draw(shapes, 6 * len(shapes), seed=3) != draw(shapes, 6 * len(shapes), seed=4)
+    counts = Counter((shape, low) for shape, m in pairs for low, high in STRATA if low <= m <= high)
+    assert set(counts.values()) == {2} and len(counts) == 3 * len(shapes)
 
 
 def test_the_fastest_tiles_of_experts_rows_are_found(tmp_path):

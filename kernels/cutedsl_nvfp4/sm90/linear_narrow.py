@@ -32,13 +32,11 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32
-from cutlass.cute.nvgpu import cpasync
 
 from ..device.cluster import address_in_cluster, signal_in_cluster, store_in_cluster
 from ..device.launch import launch
 from ..device.ptx import load_matrices, load_words, smem_address
 from ..device.ring import advance, init_ring
-from ..device.views import partition_loads
 from .decode import EPILOGUE_SCALE
 from .layout import CODE_WORDS, SCALE_WORDS
 from .ptx import mma_m16n8k16, store_output, weight_registers
@@ -46,13 +44,17 @@ from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, PANEL_ROWS, Nar
 from .views import (
     Pipeline,
     StageLayouts,
+    Tokens,
     Weights,
     block_view,
+    descriptor_of,
     load_weights,
-    one_stage,
+    partition_tokens,
     partition_weights,
     pipeline_in,
+    prefetch_descriptors,
     stage_layouts,
+    tokens_by_tma,
     tokens_view,
     weights_by_tma,
 )
@@ -102,12 +104,7 @@ class NarrowLinearKernel:
         t = self.tile
         tokens, stages, box = t.tokens, t.stages, (t.stage_blocks,)
         layouts = stage_layouts(tokens, box, stages)
-        x_atom, tX = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
-            tokens_view(mX, k),
-            one_stage(layouts.x),
-            (tokens, t.stage_blocks * BLOCK_K),
-        )
+        x = tokens_by_tma(tokens_view(mX, k), t.token_step, t.box_steps, t.stage_blocks)
         weights = weights_by_tma(
             block_view(mCodes, CODE_WORDS), block_view(mScales, SCALE_WORDS), layouts, box
         )
@@ -126,8 +123,7 @@ class NarrowLinearKernel:
         self.shared = Shared
         launch(
             self.kernel(
-                x_atom,
-                tX,
+                x,
                 weights,
                 Results(mRowScale, mBias, mOut),
                 panels_per_group,
@@ -144,8 +140,7 @@ class NarrowLinearKernel:
     @cute.kernel
     def kernel(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,  # bf16 (M, K, groups)
+        x: Tokens,
         weights: Weights,
         results: Results,
         panels_per_group: Int32,
@@ -167,8 +162,7 @@ class NarrowLinearKernel:
 
         # Initialize the barriers
         if warp == consumer_warps:
-            for atom in (x_atom, weights.code_atom, weights.scale_atom):
-                cpasync.prefetch_descriptor(atom)
+            prefetch_descriptors(x, weights)
             with cute.arch.elect_one():
                 init_ring(pipeline.full, pipeline.empty, t.stages, 1, consumer_warps)
                 if cutlass.const_expr(t.signal):
@@ -188,7 +182,7 @@ class NarrowLinearKernel:
 
         first, count = self.share_of_k(place.rank, weights.codes.shape[1])
         if warp == consumer_warps:
-            self.produce(x_atom, tX, weights, pipeline, place, first, count, panels_per_group)
+            self.produce(x, weights, pipeline, place, first, count, panels_per_group)
         else:
             self.multiply(warp, place.rank, count, storage, pipeline, scale_bias)
         self.wait_for_partials(warp, reduced)
@@ -206,8 +200,7 @@ class NarrowLinearKernel:
     @cute.jit
     def produce(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,  # bf16 (M, K, groups)
+        x: Tokens,
         weights: Weights,
         pipeline: Pipeline,
         place: Place,
@@ -218,29 +211,48 @@ class NarrowLinearKernel:
         """The producer warp: fill stages, `count` in all."""
         t = self.tile
         full = pipeline.full
-        x_box = (t.tokens, t.stage_blocks * BLOCK_K)
-        gX = cute.local_tile(tX, x_box, (place.token_tile, None, place.panel // panels_per_group))
-        tXs, tXg = partition_loads(x_atom, pipeline.x, gX, 2)
+        tXs, tXg = partition_tokens(x, pipeline, t.token_step, t.stage_blocks)
+        first_step = place.token_tile * t.box_steps
+        present = Int32(1)  # of one step, there is a token in every tile
+        if cutlass.const_expr(t.box_steps > 1):
+            present = cutlass.min(cute.ceil_div(x.view.shape[0], t.token_step) - first_step, t.box_steps)
+        descriptor = descriptor_of(x, present)
+        stage_bytes = t.stage_weight_bytes + present * (t.token_step * t.stage_blocks * BLOCK_K * 2)
+        tokens = tXg[None, first_step, None, place.panel // panels_per_group]
         loads = partition_weights(weights, pipeline, (t.stage_blocks,), (None, place.panel))
         # Fetch the first weights: no kernel that may still run writes them, so they need not wait. The
         # bytes announced are the whole stage's: it is not full before its tokens have come, too.
         for stage in cutlass.range_constexpr(t.stages):
             if stage < count:
-                load_weights(loads, (first + stage,), stage, full, t.stage_bytes)
+                load_weights(loads, (first + stage,), stage, full, stage_bytes)
         # Fetch the first tokens, which the previous kernel may have written. The consumers need no wait of
         # their own: they store only after tokens that were fetched after this one.
         cute.arch.griddepcontrol_wait()
         for stage in cutlass.range_constexpr(t.stages):
             if stage < count:
-                cute.copy(x_atom, tXg[None, first + stage], tXs[None, stage], tma_bar_ptr=full + stage)
+                target = tXs[None, 0, stage]
+                cute.copy(
+                    x.atoms[0],
+                    tokens[None, first + stage],
+                    target,
+                    tma_bar_ptr=full + stage,
+                    tma_desc_ptr=descriptor,
+                )
         stage = Int32(0)
         phase = Int32(0)  # of `empty`: the ring is full, so the first wait is for a first release
         for step in cutlass.range(t.stages, count, unroll=1):
             # Wait for a free stage: every consumer warp has its part of it in registers
             cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
             # Issue the TMA loads
-            load_weights(loads, (first + step,), stage, full, t.stage_bytes)
-            cute.copy(x_atom, tXg[None, first + step], tXs[None, stage], tma_bar_ptr=full + stage)
+            load_weights(loads, (first + step,), stage, full, stage_bytes)
+            target = tXs[None, 0, stage]
+            cute.copy(
+                x.atoms[0],
+                tokens[None, first + step],
+                target,
+                tma_bar_ptr=full + stage,
+                tma_desc_ptr=descriptor,
+            )
             stage, phase = advance(stage, phase, t.stages)
 
     @cute.jit

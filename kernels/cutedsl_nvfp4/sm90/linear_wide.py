@@ -55,15 +55,20 @@ from .tiles import BLOCK_CODE_BYTES, BLOCK_K, BLOCK_SCALE_BYTES, BULK_BUFFERS, P
 from .views import (
     Pipeline,
     StageLayouts,
+    Tokens,
     Weights,
     block_view,
     copy_weights,
+    descriptor_of,
     one_stage,
+    partition_tokens,
     partition_weights,
     pipeline_in,
+    prefetch_descriptors,
     results_view,
     stage_layouts,
     token_layout,
+    tokens_by_tma,
     tokens_view,
     weights_by_tma,
 )
@@ -83,12 +88,18 @@ class Barrier(IntEnum):
 
 
 class Grid(NamedTuple):
-    """The problem's tiles, and the items that CTAs take: the first are tiles, the others parts of the last tiles."""
+    """The problem's tiles, and the items that CTAs take: whole tiles, parts of the last of them, then the last tokens'.
+
+    Tokens are counted in steps of `token_step`.
+    """
 
     token_group: Int32  # token tiles that are the fast index together
-    token_tiles: Int32
+    steps: Int32  # tokens
+    token_tiles: Int32  # without tokens that are only in parts
     row_tiles: Int32
+    last_parts: Int32  # parts of the tokens beyond token_tiles, for a row tile
     whole: Int32  # items that are tiles
+    cut: Int32  # items that are parts of a tile
     items: Int32
 
 
@@ -106,6 +117,24 @@ class BulkStore(NamedTuple):
     atom: cute.CopyAtom
     out: cute.Tensor  # bf16 (M, N)
     layout: cute.ComposedLayout  # shared memory: (output tokens, 64 rows, buffers)
+
+
+class Item(NamedTuple):
+    """A tile, or a part of one; tokens in steps."""
+
+    first: Int32
+    present: Int32  # up to the last token
+    steps: Int32  # with absent ones
+    row_tile: Int32
+
+
+class Box(NamedTuple):
+    """What a CTA loads of an item's tokens at a time, in steps."""
+
+    source: Int32  # its first tokens
+    target: Int32  # where the stage takes them
+    height: Int32
+    descriptor: cute.Pointer  # of that height
 
 
 class Place(NamedTuple):
@@ -177,18 +206,10 @@ class WideLinearKernel:
         stream,
     ):
         t = self.tile
-        tokens, stages, stage_k, box = t.tokens, t.stages, t.blocks * BLOCK_K, (t.blocks, t.panels)
+        tokens, stages, box = t.tokens, t.stages, (t.blocks, t.panels)
         panels = mCodes.shape[0]
         layouts = stage_layouts(tokens, box, stages)
-        load = cpasync.CopyBulkTensorTileG2SOp()
-        share = cpasync.CopyBulkTensorTileG2SMulticastOp() if t.multicast > 1 else load
-        x_atom, tX = cpasync.make_tiled_tma_atom(
-            share,
-            tokens_view(mX, k),
-            one_stage(token_layout(t.box, t.blocks, stages)),
-            (t.box, stage_k),
-            num_multicast=t.multicast,
-        )
+        x = tokens_by_tma(tokens_view(mX, k), t.token_step, t.box_steps, t.blocks, t.multicast > 1)
         weights = weights_by_tma(
             block_view(mCodes, CODE_WORDS), block_view(mScales, SCALE_WORDS), layouts, box
         )
@@ -215,18 +236,16 @@ class WideLinearKernel:
             ]
 
         self.shared = Shared
-        token_tiles = cute.ceil_div(mX.shape[0], tokens)
         row_tiles = cute.round_up(cute.ceil_div(panels, t.panels), t.multicast)
-        whole, items, ctas = self.share_tiles(token_tiles * row_tiles, max_ctas)
+        grid, ctas = self.share_tiles(mX.shape[0], row_tiles, token_group, max_ctas)
         launch(
             self.kernel(
-                x_atom,
-                tX,
+                x,
                 weights,
                 Results(mRowScale, mBias, mOut),
                 panels_per_group,
                 Uint32(scale_bias),
-                Grid(token_group, token_tiles, row_tiles, whole, items),
+                grid,
                 layouts,
                 bulk,
             ),
@@ -239,26 +258,56 @@ class WideLinearKernel:
         )
 
     @cute.jit
-    def share_tiles(self, tiles: Int32, max_ctas: Int32):
-        """-> (items that are tiles, all items, CTAs): the last tiles are cut where that gives every CTA less."""
+    def share_tiles(self, m: Int32, row_tiles: Int32, token_group: Int32, max_ctas: Int32):
+        """-> (the items, CTAs): with a tail as `dealt` finds the last CTA done first."""
         t = self.tile
-        ctas = tiles * t.split_k
-        whole, items = tiles, tiles
+        steps = cute.ceil_div(m, t.token_step)
+        token_tiles = cute.ceil_div(m, t.tokens)
+        last_parts, cut = Int32(0), Int32(0)
+        if cutlass.const_expr(t.tail > 0):
+            parts = cutlass.const_expr(t.tokens // t.tail)
+            rest, cost = self.dealt(token_tiles, last_parts, row_tiles, max_ctas)
+            present = cute.ceil_div(m - (token_tiles - 1) * t.tokens, t.tail)
+            rest_beside, cost_of_parts = self.dealt(token_tiles - 1, present, row_tiles, max_ctas)
+            if present < parts and cost_of_parts <= cost:
+                token_tiles -= 1
+                last_parts = present
+                rest = rest_beside
+            cut = rest * parts
+            items = token_tiles * row_tiles - rest + cut + last_parts * row_tiles
+            whole = token_tiles * row_tiles - rest
+        else:
+            whole = token_tiles * row_tiles
+            items = whole
+        ctas = items * t.split_k
         if cutlass.const_expr(t.persistent):
-            if cutlass.const_expr(t.tail > 0):
-                parts = cutlass.const_expr(t.tokens // t.tail)
-                rest = tiles % max_ctas
-                if rest * parts <= (parts - 1) * max_ctas:
-                    whole = tiles - rest
-                    items = whole + rest * parts
             ctas = cutlass.min(items, max_ctas)
-        return whole, items, ctas
+        return Grid(token_group, steps, token_tiles, row_tiles, last_parts, whole, cut, items), ctas
+
+    @cute.jit
+    def dealt(self, token_tiles: Int32, last_parts: Int32, row_tiles: Int32, max_ctas: Int32):
+        """-> (tiles to cut into parts, the time until the last CTA is done), in hundredths of a tile's.
+
+        The tiles that fill no whole wave are cut where that is done earlier than they are and, on the CTAs that have
+        none of them, the parts of the last tokens.
+        """
+        t = self.tile
+        parts, part = cutlass.const_expr(t.tokens // t.tail), cutlass.const_expr(t.part_percent)
+        waves = token_tiles * row_tiles // max_ctas
+        rest = token_tiles * row_tiles % max_ctas
+        beside = last_parts * row_tiles
+        cut_cost = waves * 100 + cute.ceil_div(rest * parts + beside, max_ctas) * part
+        cost = (waves + 1) * 100 + cute.ceil_div(cutlass.max(beside - (max_ctas - rest), 0), max_ctas) * part
+        if cut_cost < cost:
+            cost = cut_cost
+        else:
+            rest = Int32(0)
+        return rest, cost
 
     @cute.kernel
     def kernel(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,  # bf16 (M, K, groups)
+        x: Tokens,
         weights: Weights,
         results: Results,
         panels_per_group: Int32,
@@ -279,7 +328,7 @@ class WideLinearKernel:
 
         storage = cutlass.memory.SmemAllocator().allocate(self.shared)
         pipeline = pipeline_in(storage, layouts)
-        self.start(warp, rank, x_atom, weights, pipeline)
+        self.start(warp, x, weights, pipeline)
 
         thread, _, _ = cute.arch.thread_idx()
 
@@ -296,9 +345,7 @@ class WideLinearKernel:
             if cutlass.const_expr(t.panels > 1):
                 cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
             if warp == consumer_warps:
-                self.produce(
-                    x_atom, tX, weights, pipeline, grid, bid, ctas, rank, first, count, panels_per_group
-                )
+                self.produce(x, weights, pipeline, grid, bid, ctas, rank, first, count, panels_per_group)
             if cutlass.const_expr(cluster > 1 and not t.signal):
                 # The other CTA may still write into this one's stages and arrive on its barriers, or wait for
                 # partial sums. The barrier counts all threads of the cluster, so these must come, too.
@@ -314,24 +361,18 @@ class WideLinearKernel:
                 cute.arch.cluster_wait()
 
     @cute.jit
-    def start(self, warp: Int32, rank: Int32, x_atom: cute.CopyAtom, weights: Weights, pipeline: Pipeline):
+    def start(self, warp: Int32, x: Tokens, weights: Weights, pipeline: Pipeline):
         """Initialize the barriers."""
         t = self.tile
         consumer_warps = cutlass.const_expr(4 * t.panels)
         reduced = pipeline.empty + t.stages  # with `signal`: this CTA's partial sums are complete
         if warp == consumer_warps:
-            for atom in (x_atom, weights.code_atom, weights.scale_atom):
-                cpasync.prefetch_descriptor(atom)
+            prefetch_descriptors(x, weights)
             with cute.arch.elect_one():
                 # A multicast writes a stage of both CTAs, so that the warps of both have to be done with it.
                 init_ring(pipeline.full, pipeline.empty, t.stages, 1, consumer_warps * t.multicast)
                 if cutlass.const_expr(t.signal):
-                    # The only arrival comes now: what the barrier's one phase waits for are the bytes.
-                    owned = (t.tokens // 8 - rank + t.split_k - 1) // t.split_k  # token slices
                     cute.arch.mbarrier_init(reduced, 1)
-                    cute.arch.mbarrier_arrive_and_expect_tx(
-                        reduced, owned * (t.split_k * t.panels * 128 * 16)
-                    )
             # Publish the initial values: a relaxed arrival at the cluster's barrier orders nothing by itself.
             cute.arch.mbarrier_init_fence()
         if cutlass.const_expr(t.split_k * t.multicast > 1):
@@ -344,8 +385,7 @@ class WideLinearKernel:
     @cute.jit
     def produce(
         self,
-        x_atom: cute.CopyAtom,
-        tX: cute.Tensor,  # bf16 (M, K, groups)
+        x: Tokens,
         weights: Weights,
         pipeline: Pipeline,
         grid: Grid,
@@ -362,49 +402,47 @@ class WideLinearKernel:
         their own: they store only after tokens that were fetched after this one.
         """
         t = self.tile
-        stages, stage_k = t.stages, t.blocks * BLOCK_K
+        stages = t.stages
         full, empty = pipeline.full, pipeline.empty
-        gX = cute.local_tile(tX, (t.box, stage_k), (None, None, None))
-        sBoxes = cute.local_tile(pipeline.x, (t.box, stage_k), (None, 0, None))
-        member = rank if t.multicast > 1 else 0
-        tXs, tXg = partition_loads(x_atom, sBoxes, gX, 2, member, t.multicast)
+        tXs, tXg = partition_tokens(x, pipeline, t.token_step, t.blocks)
         loads = partition_weights(weights, pipeline, (t.blocks, t.panels), (None, None))
 
         # A pair's spare CTA beyond the last row tile still fetches its half of the tokens.
-        groups = tX.shape[2]
-        box, row_tile, boxes = self.item(bid // t.split_k, grid)
-        group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+        groups = x.view.shape[2]
+        item = self.item(bid // t.split_k, grid)
+        group = cutlass.min(item.row_tile * t.panels // panels_per_group, groups - 1)
+        box = self.box(item, x, rank)
         # Fetch the first weights. The bytes announced are the whole stage's: it is not full before its tokens
         # have come, too. With multicast half of those come from the other CTA, perhaps before this arrival,
         # without which the stage is not full either.
         for stage in cutlass.range_constexpr(stages):
             if stage < count:
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                copy_weights(loads, (first + stage, row_tile), stage, full)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(item))
+                copy_weights(loads, (first + stage, item.row_tile), stage, full)
         # Fetch the first tokens
         cute.arch.griddepcontrol_wait()
         for stage in cutlass.range_constexpr(stages):
             if stage < count:
-                x = tXg[None, None, first + stage, group]
-                self.load_tokens(x_atom, x, tXs, box, boxes, Int32(stage), full + stage)
+                source = tXg[None, None, first + stage, group]
+                self.load_tokens(x, source, tXs, box, Int32(stage), full + stage)
         stage = cutlass.min(count, stages) % stages
         phase = Int32(0)  # of `empty`: a stage is refilled first after its first release
         if count < stages:
             phase = Int32(1)  # and the rest of the ring is free
         step = cutlass.min(count, stages)
-        for item in cutlass.range(bid // t.split_k, grid.items, ctas, unroll=1):
-            box, row_tile, boxes = self.item(item, grid)
-            group = cutlass.min(row_tile * t.panels // panels_per_group, groups - 1)
+        for index in cutlass.range(bid // t.split_k, grid.items, ctas, unroll=1):
+            item = self.item(index, grid)
+            box = self.box(item, x, rank)
+            group = cutlass.min(item.row_tile * t.panels // panels_per_group, groups - 1)
             for at in cutlass.range(first + step, first + count, unroll=1):
                 # Wait for a free stage
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 # Issue the TMA loads
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(boxes))
-                copy_weights(loads, (at, row_tile), stage, full)
-                x = tXg[None, None, at, group]
-                self.load_tokens(x_atom, x, tXs, box, boxes, stage, full + stage)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, self.load_bytes(item))
+                copy_weights(loads, (at, item.row_tile), stage, full)
+                self.load_tokens(x, tXg[None, None, at, group], tXs, box, stage, full + stage)
                 stage, phase = advance(stage, phase, stages)
             step = Int32(0)
 
@@ -428,14 +466,15 @@ class WideLinearKernel:
         stage = Int32(0)
         phase = Int32(0)
         operands = (storage, pipeline, scale_bias, results, bulk)
-        for tile in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
-            box, row_tile, _ = self.item(tile, grid)
-            at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+        for index in cutlass.range(bid // t.split_k, grid.whole, ctas, unroll=1):
+            item = self.item(index, grid)
+            at = (thread, count, stage, phase, Place(item.first * t.token_step, item.row_tile, rank))
             stage, phase = self.compute(t.tokens, *at, *operands)
         if cutlass.const_expr(t.tail > 0):
-            for part in cutlass.range(grid.whole + bid, grid.items, ctas, unroll=1):
-                box, row_tile, _ = self.item(part, grid)
-                at = (thread, count, stage, phase, Place(box * t.box, row_tile, rank))
+            first_part = grid.whole + (bid + ctas - grid.whole % ctas) % ctas
+            for index in cutlass.range(first_part, grid.items, ctas, unroll=1):
+                item = self.item(index, grid)
+                at = (thread, count, stage, phase, Place(item.first * t.token_step, item.row_tile, rank))
                 stage, phase = self.compute(t.tail, *at, *operands)
         if cutlass.const_expr(bulk is not None):
             cute.arch.cp_async_bulk_wait_group(0, read=True)  # shared memory goes with the CTA
@@ -453,30 +492,52 @@ class WideLinearKernel:
         return group * grid.token_group + inside % width, row_tile
 
     @cute.jit
-    def item(self, index: Int32, grid: Grid):
-        """Number of a tile, or of a part of one -> (its first box of tokens, its row tile, its boxes)."""
+    def item(self, index: Int32, grid: Grid) -> Item:
+        """Number of a tile, or of a part of one -> where it lies."""
         t = self.tile
+        tile_steps = cutlass.const_expr(t.tokens // t.token_step)
         if cutlass.const_expr(t.tail == 0):
-            box, row_tile = self.tile_at(index, grid)
-            boxes = Int32(1)
+            token_tile, row_tile = self.tile_at(index, grid)
+            first, steps = token_tile * tile_steps, Int32(tile_steps)
         else:
             parts = cutlass.const_expr(t.tokens // t.tail)
-            tile, part, boxes = index, Int32(0), Int32(parts)
-            if index >= grid.whole:
-                pair = (index - grid.whole) // t.multicast
-                tile = grid.whole + pair // parts * t.multicast + index % t.multicast
-                part = pair % parts
-                boxes = Int32(1)
-            token_tile, row_tile = self.tile_at(tile, grid)
-            box = token_tile * parts + part
-        return box, row_tile, boxes
+            part_steps = cutlass.const_expr(t.tail // t.token_step)
+            first, row_tile, steps = Int32(0), Int32(0), Int32(part_steps)
+            in_cut = index - grid.whole
+            if in_cut < grid.cut:
+                tile, part = index, Int32(0)
+                if in_cut >= 0:
+                    pair = in_cut // t.multicast
+                    tile = grid.whole + pair // parts * t.multicast + in_cut % t.multicast
+                    part = pair % parts
+                else:
+                    steps = Int32(tile_steps)
+                token_tile, row_tile = self.tile_at(tile, grid)
+                # A part without a token is the last one that has some, once more: equal results are stored twice
+                last = (grid.steps - 1) // part_steps * part_steps
+                first = cutlass.min(token_tile * tile_steps + part * part_steps, last)
+            else:
+                in_last = in_cut - grid.cut
+                pair = in_last // t.multicast
+                row_tile = pair // grid.last_parts * t.multicast + in_last % t.multicast
+                first = grid.token_tiles * tile_steps + pair % grid.last_parts * part_steps
+        return Item(first, cutlass.min(grid.steps - first, steps), steps, row_tile)
 
-    def load_bytes(self, boxes: Int32):
-        """Bytes of a stage that holds this many boxes of tokens."""
+    def load_bytes(self, item: Item):
+        """Bytes of a stage of an item: its weights, and the boxes of tokens of every CTA that loads some."""
         t = self.tile
-        if t.tail == 0:
-            return t.stage_bytes
-        return t.stage_weight_bytes + boxes * (t.box * t.blocks * BLOCK_K * 2)
+        return t.stage_weight_bytes + item.present * (t.token_step * t.blocks * BLOCK_K * 2)
+
+    @cute.jit
+    def box(self, item: Item, x: Tokens, rank: Int32) -> Box:
+        """What this CTA loads of an item's tokens: with multicast its share of them, which may be nothing."""
+        t = self.tile
+        first, height = Int32(0), item.present
+        if cutlass.const_expr(t.multicast > 1):
+            share = item.steps // t.multicast
+            first = rank * share
+            height = cutlass.min(cutlass.max(item.present - first, 0), share)
+        return Box(item.first + first, first, height, descriptor_of(x, height))
 
     @cute.jit
     def load_row_scales(
@@ -495,36 +556,23 @@ class WideLinearKernel:
     @cute.jit
     def load_tokens(
         self,
-        atom: cute.CopyAtom,
-        source: cute.Tensor,  # [box, token boxes]
-        target: cute.Tensor,  # [box, boxes of a tile, stages]
-        first: Int32,
-        boxes: Int32,
+        x: Tokens,
+        source: cute.Tensor,  # [box, steps of tokens]
+        target: cute.Tensor,  # [box, steps of a tile, stages]
+        box: Box,
         stage: Int32,
         barrier: cute.Pointer,
     ):
-        """TMA of one stage's tokens: `boxes` boxes from number `first` on, at least one."""
-        for b in cutlass.range_constexpr(self.tile.tokens // self.tile.box):
-            if cutlass.const_expr(b == 0):
-                self.load_box(atom, source[None, first], target[None, 0, stage], barrier)
-            else:
-                if b < boxes:
-                    self.load_box(atom, source[None, first + b], target[None, b, stage], barrier)
-
-    @cute.jit
-    def load_box(
-        self,
-        atom: cute.CopyAtom,
-        source: cute.Tensor,  # [box]
-        target: cute.Tensor,  # [box]
-        barrier: cute.Pointer,
-    ):
-        """TMA of one box of tokens. With multicast this CTA loads half of it, into every CTA, and signals all."""
+        """TMA of one stage's tokens. With multicast this CTA loads its share into every CTA, and signals all."""
+        part = (source[None, box.source], target[None, box.target, stage])
         if cutlass.const_expr(self.tile.multicast > 1):
             mask = cutlass.Int16((1 << self.tile.multicast) - 1)
-            cute.copy(atom, source, target, tma_bar_ptr=barrier, mcast_mask=mask)
+            if box.height > 0:
+                cute.copy(
+                    x.atoms[0], *part, tma_bar_ptr=barrier, tma_desc_ptr=box.descriptor, mcast_mask=mask
+                )
         else:
-            cute.copy(atom, source, target, tma_bar_ptr=barrier)
+            cute.copy(x.atoms[0], *part, tma_bar_ptr=barrier, tma_desc_ptr=box.descriptor)
 
     @cute.jit
     def release(self, empty: cute.Pointer, stage: Int32, lane: Int32):
@@ -559,13 +607,18 @@ class WideLinearKernel:
             row_scales = self.load_reduced_scales(place.row_tile, thread, results.row_scale)
         else:
             row_scales = self.load_row_scales(place.row_tile, thread, results.row_scale)
+        left = results.out.shape[0] - place.first_token  # of all tokens
+        if cutlass.const_expr(t.signal):
+            # With `signal`, this CTA's partial sums are complete: the one phase waits for this arrival and the bytes.
+            reduced = storage.empty.data_ptr() + t.stages
+            if thread == 0:
+                slices = cutlass.min(cute.ceil_div(left, 8), t.tokens // 8)
+                owned = (slices - place.rank + t.split_k - 1) // t.split_k
+                cute.arch.mbarrier_arrive_and_expect_tx(reduced, owned * (t.split_k * t.panels * 128 * 16))
         acc, stage, phase = self.accumulate(tokens, thread, count, stage, phase, pipeline, scale_bias)
         target = (place, storage, row_scales, results)
         if cutlass.const_expr(t.split_k > 1):  # one tile
-            reduced = (
-                storage.empty.data_ptr() + t.stages
-            )  # with `signal`: this CTA's partial sums are complete
-            self.send_partials(acc, thread, place.rank, storage, smem_address(reduced))
+            self.send_partials(acc, thread, left, place.rank, storage)
             # Wait for the partial sums of every CTA
             if cutlass.const_expr(t.signal):
                 cute.arch.mbarrier_wait(
@@ -756,18 +809,21 @@ class WideLinearKernel:
         matrix_address = (lane % 8 + matrix // 2 * 8) * pitch + (inside // 32 * 16 + matrix % 2 * 8) * 2
         for e in cutlass.range_constexpr(tokens // chunk):
             half_buffer = buffer + (e % 2) * (panel_bytes // 2)
-            if cutlass.const_expr(wide_out):
-                for octet in cutlass.range_constexpr(chunk // 8):
-                    v = self.scaled(acc, e * (chunk // 8) + octet, factor, offset)
-                    for i in cutlass.range_constexpr(4):
-                        token = octet * 8 + (lane % 4) * 2 + i % 2
-                        store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
-            else:
-                self.stage_bf16(acc, e, chunk // 8, factor, offset, half_buffer + matrix_address, pitch)
-            # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
-            # whoever writes this one again has met everybody after their reads.
-            self.meet(panel)
-            self.store_chunk(half_buffer, chunk, pitch, inside, place.first_token + e * chunk, first_n, mOut)
+            first_m = place.first_token + e * chunk
+            # Absent tokens are left out by pairs of chunks, so that a next tile begins with the other buffer
+            if first_m - e % 2 * chunk < mOut.shape[0]:
+                if cutlass.const_expr(wide_out):
+                    for octet in cutlass.range_constexpr(chunk // 8):
+                        v = self.scaled(acc, e * (chunk // 8) + octet, factor, offset)
+                        for i in cutlass.range_constexpr(4):
+                            token = octet * 8 + (lane % 4) * 2 + i % 2
+                            store_shared(half_buffer + token * pitch + (row + 8 * (i // 2)) * 4, v[i])
+                else:
+                    self.stage_bf16(acc, e, chunk // 8, factor, offset, half_buffer + matrix_address, pitch)
+                # Wait for the whole chunk. One barrier a chunk is enough: the other buffer is written next, and
+                # whoever writes this one again has met everybody after their reads.
+                self.meet(panel)
+                self.store_chunk(half_buffer, chunk, pitch, inside, first_m, first_n, mOut)
 
     @cute.jit
     def store_chunk(
@@ -845,39 +901,42 @@ class WideLinearKernel:
         for e in cutlass.range_constexpr(tokens // chunk):
             buffer = cutlass.const_expr(e % BULK_BUFFERS)
             target = address + buffer * piece_bytes
-            self.stage_bf16(acc, e, chunk // 8, factor, offset, target, PANEL_ROWS * 2)
-            # Hand the piece over: each thread makes its own writes visible to TMA's proxy, then all meet
-            cute.arch.fence_view_async_shared()
-            if sends:
-                cute.arch.cp_async_bulk_wait_group(1, read=True)
-            self.meet(panel)
-            # Issue the TMA store
-            if sends:
-                piece = (place.first_token // chunk + e, place.row_tile * t.panels + panel)
-                cute.copy(bulk.atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
-                cute.arch.cp_async_bulk_commit_group()
+            if place.first_token + e * chunk < results.out.shape[0]:  # not for absent tokens
+                self.stage_bf16(acc, e, chunk // 8, factor, offset, target, PANEL_ROWS * 2)
+                # Hand the piece over: each thread makes its own writes visible to TMA's proxy, then all meet
+                cute.arch.fence_view_async_shared()
+                if sends:
+                    cute.arch.cp_async_bulk_wait_group(1, read=True)
+                self.meet(panel)
+                # Issue the TMA store
+                if sends:
+                    piece = (place.first_token // chunk + e, place.row_tile * t.panels + panel)
+                    cute.copy(bulk.atom, tOs[None, panel * BULK_BUFFERS + buffer], tOg[None, *piece])
+                    cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def send_partials(
         self,
         acc: cute.Tensor,  # f32 wgmma accumulator of 64 rows x tokens
         thread: Int32,
+        left: Int32,
         rank: Int32,
         storage,
-        reduced: Int32,
     ):
-        """Partial sums of token slice `octet` go to the CTA octet % split_k of the cluster."""
+        """Partial sums of token slice `octet` go to the cluster's CTA octet % split_k, of absent tokens nowhere."""
         t = self.tile
+        reduced = smem_address(storage.empty.data_ptr() + t.stages)
         slices = cutlass.const_expr(-(-t.tokens // 8 // t.split_k))
         buffer = smem_address(storage.output.data_ptr()) + (rank * slices * (128 * t.panels) + thread) * 16
         for octet in cutlass.range_constexpr(t.tokens // 8):
-            target = address_in_cluster(buffer, Int32(octet % t.split_k))
-            target += (octet // t.split_k) * (128 * t.panels * 16)
-            values = tuple(acc[octet * 4 + i] for i in range(4))
-            if cutlass.const_expr(t.signal):
-                signal_in_cluster(target, values, address_in_cluster(reduced, Int32(octet % t.split_k)))
-            else:
-                store_in_cluster(target, values)
+            if octet * 8 < left:
+                target = address_in_cluster(buffer, Int32(octet % t.split_k))
+                target += (octet // t.split_k) * (128 * t.panels * 16)
+                values = tuple(acc[octet * 4 + i] for i in range(4))
+                if cutlass.const_expr(t.signal):
+                    signal_in_cluster(target, values, address_in_cluster(reduced, Int32(octet % t.split_k)))
+                else:
+                    store_in_cluster(target, values)
 
     @cute.jit
     def load_reduced_scales(

@@ -18,6 +18,10 @@ BLOCK_CODE_BYTES = PANEL_ROWS * BLOCK_K // 2
 BLOCK_SCALE_BYTES = PANEL_ROWS * BLOCK_K // 16
 SM90_SHARED_MEMORY = 227 * 1024  # bytes one CTA may use
 MAX_CLUSTER = 8  # the portable cluster size
+PANEL_CLOCKS = 2.2  # of a k block's wgmmas, for each panel and token: 4096 multiply-adds a clock, at 90%
+LEAST_BLOCK_CLOCKS = (
+    520  # of a k block: weights are decoded for any number of tokens; measured with tails of 64
+)
 BULK_BUFFERS = 3  # pieces of a panel's results: one written, one read by TMA, one between
 
 
@@ -47,6 +51,16 @@ class NarrowTile:
     @property
     def stage_bytes(self) -> int:
         return self.stage_weight_bytes + self.stage_blocks * self.tokens * BLOCK_K * 2
+
+    @property
+    def token_step(self) -> int:
+        """Tokens by which the boxes of TMA loads differ in height: what the swizzle repeats by."""
+        return 8
+
+    @property
+    def box_steps(self) -> int:
+        """Steps of the highest box of a TMA load."""
+        return self.tokens // self.token_step
 
     @property
     def partial_bytes(self) -> int:
@@ -109,9 +123,24 @@ class WideTile:
         return PANEL_ROWS * self.panels
 
     @property
-    def box(self) -> int:
-        """Tokens of a TMA load."""
-        return self.tail or self.tokens
+    def token_step(self) -> int:
+        """Tokens by which the boxes of TMA loads differ in height: a quarter of a tile where swizzle and tail fit."""
+        most, part = self.tokens // self.multicast, (self.tail or self.tokens) // self.multicast
+        quarter = most // 4
+        return quarter if quarter % 8 == 0 and part % quarter == 0 else math.gcd(part, most // 2)
+
+    @property
+    def box_steps(self) -> int:
+        """Steps of the highest box of a TMA load."""
+        return self.tokens // self.multicast // self.token_step
+
+    @property
+    def part_percent(self) -> int:
+        """A part's time in percent of a tile's: below LEAST_BLOCK_CLOCKS fewer tokens save none."""
+        tile, part = (
+            max(PANEL_CLOCKS * self.panels * n, LEAST_BLOCK_CLOCKS) for n in (self.tokens, self.tail)
+        )
+        return round(100 * part / tile)
 
     @property
     def stage_weight_bytes(self) -> int:
@@ -178,8 +207,8 @@ class WideTile:
         if self.multicast not in (1, 2) or self.tokens % (8 * self.multicast):
             raise ValueError(f"{self}: multicast must be 1 or 2")
         if self.tail:
-            if not self.persistent or self.blocks > 1:
-                raise ValueError(f"{self}: only persistent tiles with one k block a stage have a tail")
+            if not self.persistent:
+                raise ValueError(f"{self}: only persistent tiles have a tail")
             if self.tail % 32 or not 0 < self.tail < self.tokens or self.tokens % self.tail:
                 raise ValueError(f"{self}: a tail is a multiple of 32 that divides the tile's tokens")
         _check_shared(self)
@@ -237,7 +266,7 @@ def choose(n: int, k: int, m: int, groups: int, batch_invariant: bool, plain: bo
         return _general(n, k, m)
     if batch_invariant:
         return _invariant(n, k, m)
-    return _measured(n, k, groups, min(m, 1 << 13))
+    return _measured(n, k, groups, m)
 
 
 @cache

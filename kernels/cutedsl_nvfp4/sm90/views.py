@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import cutlass.cute as cute
-from cutlass import BFloat16, Int32
+from cutlass import BFloat16, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from ..device.views import partition_loads
+from ..device.views import DESCRIPTOR_BYTES, descriptor_address, descriptor_at, partition_loads
 from .layout import CODE_WORDS, SCALE_WORDS
 from .tiles import BLOCK_K
 
@@ -29,6 +29,17 @@ class Pipeline(NamedTuple):
     x: cute.Tensor  # bf16 (tokens, stage's k, stages), 128B-swizzled
     codes: cute.Tensor  # int64 (256, *box, stages)
     scales: cute.Tensor  # int32 (64, *box, stages)
+
+
+class Tokens(NamedTuple):
+    """TMA's view of x, and its atoms: number i loads boxes of i + 1 steps of tokens.
+
+    TMA takes 5 to 8 clocks for a row of a box that lies beyond the last token, four times as many as for one that it
+    loads, so that no box has a whole step of such rows.
+    """
+
+    view: cute.Tensor  # bf16 (M, K, groups)
+    atoms: tuple[cute.CopyAtom, ...]
 
 
 class Weights(NamedTuple):
@@ -78,6 +89,45 @@ def weights_by_tma(codes: cute.Tensor, scales: cute.Tensor, layouts: StageLayout
         *cpasync.make_tiled_tma_atom(load, codes, one_stage(layouts.codes), (CODE_WORDS, *box)),
         *cpasync.make_tiled_tma_atom(load, scales, one_stage(layouts.scales), (SCALE_WORDS, *box)),
     )
+
+
+def tokens_by_tma(x: cute.Tensor, step: int, steps: int, blocks: int, shared: bool = False) -> Tokens:
+    """The loads of up to `steps` x `step` tokens of `x`, a `tokens_view`, by `blocks` blocks of k.
+
+    With `shared` a load writes a stage of several CTAs.
+    """
+    load = cpasync.CopyBulkTensorTileG2SMulticastOp() if shared else cpasync.CopyBulkTensorTileG2SOp()
+    atoms = []
+    for tokens in range(step, steps * step + 1, step):
+        box = (tokens, blocks * BLOCK_K)
+        layout = cute.tile_to_shape(
+            warpgroup.make_smem_layout_atom(SWIZZLE_ATOM, BFloat16), box, order=(0, 1)
+        )
+        atom, view = cpasync.make_tiled_tma_atom(load, x, layout, box)
+        atoms.append(atom)
+    return Tokens(view, tuple(atoms))
+
+
+def partition_tokens(
+    x: Tokens, pipeline: Pipeline, step: int, blocks: int
+) -> tuple[cute.Tensor, cute.Tensor]:
+    """-> (shared (box, steps, stages), global (box, steps, stages of k, groups)) views of loads of `x`."""
+    box = (step, blocks * BLOCK_K)
+    gX = cute.local_tile(x.view, box, (None, None, None))
+    sX = cute.local_tile(pipeline.x, box, (None, 0, None))
+    return partition_loads(x.atoms[0], sX, gX, 2)
+
+
+def descriptor_of(x: Tokens, steps: Int32) -> cute.Pointer:
+    """TMA's descriptor of boxes of so many steps of tokens, at least one."""
+    # The atoms are parameters of the kernel that follow each other
+    return descriptor_at(descriptor_address(x.atoms[0]) + Int64(steps - 1) * DESCRIPTOR_BYTES)
+
+
+def prefetch_descriptors(x: Tokens, weights: Weights) -> None:
+    """Bring TMA's descriptors to its cache."""
+    for atom in (*x.atoms, weights.code_atom, weights.scale_atom):
+        cpasync.prefetch_descriptor(atom)
 
 
 def pipeline_in(storage, layouts: StageLayouts) -> Pipeline:

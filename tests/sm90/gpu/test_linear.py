@@ -1,5 +1,7 @@
 """The Hopper linear on the chip: exact weights, float64 products, shapes that do not fit, streams, graphs."""
 
+import random
+
 import pytest
 import torch
 
@@ -26,6 +28,8 @@ WIDE = [
     WideTile(2, 256, 1, 5, persistent=True, tail=128),
     WideTile(2, 256, 1, 5, persistent=True, lag=1, bulk=True, tail=64),
     WideTile(2, 256, 1, 5, persistent=True, multicast=2, tail=128),
+    WideTile(2, 128, 2, 4, persistent=True, bulk=True, tail=64),
+    WideTile(3, 192, 1, 6, persistent=True, multicast=2, bulk=True, tail=96),
 ]
 CONFIGS = NARROW + WIDE
 
@@ -92,6 +96,35 @@ def test_matches_float64(config, m):
     problem = Problem(n=384, k=1536, seed=m)
     x = problem.tokens(m)
     check(problem.run(x, tile=config), problem.exact(x))
+
+
+@pytest.mark.parametrize("n, k, groups", [(2048, 7168, 1), (16384, 1024, 1), (200, 336, 1), (1536, 1024, 2)])
+def test_every_number_of_tokens(n, k, groups):
+    """With the shipped choice of tiles: 1 to 300 tokens, then some of as many as a server's step has."""
+    problem = Problem(n, k, groups, seed=n)
+    x = problem.tokens(6000)
+    exact = problem.exact(x)
+    for m in (*range(1, 301), *random.Random(n).sample(range(301, 6001), 30)):
+        check(problem.run(x[:m]), exact[:m])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_any_number_of_tokens(config):
+    """Last tiles that are full by any share, alone and after others; several tiles a CTA."""
+    problem = Problem(n=12544, k=640, seed=config.tokens)
+    x = problem.tokens(4 * config.tokens)
+    exact = problem.exact(x)
+    for m in random.Random(repr(config)).sample(range(1, len(x) + 1), min(40, len(x))):
+        check(problem.run(x[:m], tile=config), exact[:m])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_result_does_not_depend_on_the_tokens_after_it(config):
+    problem = Problem(n=1536, k=1536, seed=config.tokens)
+    x = problem.tokens(3 * config.tokens)
+    full = problem.run(x, tile=config)
+    for m in (1, config.tokens // 2 + 1, config.tokens, config.tokens + 1, 2 * config.tokens + 5, len(x) - 1):
+        assert torch.equal(problem.run(x[:m], tile=config), full[:m]), m
 
 
 @pytest.mark.parametrize("config", [c for c in WIDE if c.persistent], ids=str)
