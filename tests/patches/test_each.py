@@ -417,6 +417,36 @@ def test_fp8_and_mxfp4_need_no_amx(monkeypatch):
         assert CPUExpertsMxfp4._supports_current_device() is has_bf16
 
 
+def engine_config_on(monkeypatch, *, amx: bool, avx512_bf16: bool, **arguments) -> VllmConfig:
+    """The demo's configuration on a CPU with these instructions."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    return EngineArgs(model=str(ROOT / "demo"), max_model_len=9000, **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize("avx512_bf16", [True, False])
+def test_chunked_prefill_and_prefix_caching_need_no_amx(monkeypatch, avx512_bf16):
+    config = engine_config_on(monkeypatch, amx=False, avx512_bf16=avx512_bf16)
+    assert config.scheduler_config.enable_chunked_prefill is avx512_bf16
+    assert config.cache_config.enable_prefix_caching is avx512_bf16
+
+
+def test_cpu_indexer_takes_one_token_per_row():
+    from vllm.v1.attention.backends.mla.indexer import _supports_native_decode
+
+    assert [_supports_native_decode(tokens) for tokens in (1, 2, 3, 4)] == [True, False, False, False]
+
+
+def test_scheduled_tokens_follow_the_platform(monkeypatch):
+    """Without chunked prefill a prompt is scheduled whole: the budget must hold the longest."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3}
+    config = engine_config_on(monkeypatch, amx=False, avx512_bf16=False, speculative_config=speculation)
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.max_num_scheduled_tokens == 9000
+
+
 def test_chat_arguments_follow_from_the_model(monkeypatch):
     from vllm.entrypoints.launchers import launcher
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
