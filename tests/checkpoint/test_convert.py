@@ -286,6 +286,10 @@ def test_mtp_is_copied_untouched(layer_one, tmp_path):
     small.write(tmp_path / "src", tensors | draft, small.config(small.NATIVE_QUANTIZATION))
     convert(tmp_path / "src", tmp_path / "dst", Options())
     assert_same(read(tmp_path / "dst"), draft)
+    ignored = json.loads((tmp_path / "dst/config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored[-2:] == ["mtp.*", "layers.3.*"]  # DeepSeek's name, and vLLM's behind three layers
+    theirs = json.loads((tmp_path / "dst/hf_quant_config.json").read_text())["quantization"]
+    assert theirs["exclude_modules"] == ignored
 
 
 # --- choosing modules ---

@@ -16,7 +16,7 @@ from cutedsl_nvfp4.checkpoint.headers import CheckpointError, read_header
 from cutedsl_nvfp4.checkpoint.inspect import inspect, main
 from cutedsl_nvfp4.checkpoint.written_config import native_config
 from tests.support.checkpoints import dialects as checkpoints
-from tests.support.checkpoints import small
+from tests.support.checkpoints import headers, small
 from tests.support.paths import DEMO
 
 
@@ -150,6 +150,46 @@ def test_index_without_a_map_is_refused(weight_map):
 
 
 # --- whole checkpoints ---
+
+
+@pytest.mark.parametrize(
+    "encoder, line",
+    [
+        (
+            None,
+            "release: 0731/0813, or a preview with DSpark attached; there is no encoding/encoding_dsv4.py",
+        ),
+        ("def encode(): ...", "release: 0731/0813, or a preview with DSpark attached"),
+        ("REASONING_EFFORT_MAX = 'x'", "release: a preview, by its chat encoder"),
+        ("REASONING_EFFORT_PROMPTS = {}", "release: 0731/0813, by its chat encoder"),
+    ],
+)
+def test_release_is_told_where_it_can_be(encoder, line, tmp_path, capsys):
+    tensors = headers.demo() | headers.dspark("fp8", "mxfp4", experts_count=1)
+    folder = headers.write(tmp_path / "src", tensors, headers.demo_config(**headers.DSPARK_FIELDS))
+    if encoder is not None:
+        (folder / "encoding").mkdir()
+        (folder / "encoding/encoding_dsv4.py").write_text(encoder)
+    assert main([str(folder), "--json", str(tmp_path / "report.json")]) == 0
+    assert f"  {line}" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["draft"]["kind"], report["draft"]["layers"], report["draft"]["block_size"]) == (
+        "DSpark",
+        3,
+        5,
+    )
+    assert report["draft"]["formats"]["0.ffn.experts"] == ["mxfp4"]
+    assert (report["release"] is None) is line.startswith("release: 0731/0813, or")
+
+
+def test_release_of_an_mtp_head_and_a_head_that_contradicts_its_config(tmp_path):
+    tensors = headers.demo() | headers.mtp("fp8", "mxfp4")
+    folder = headers.write(tmp_path / "preview", tensors, headers.demo_config(**headers.MTP_FIELDS))
+    report = inspect(str(folder))
+    assert (report.release, report.problems) == ("preview", [])
+    assert "release: a preview, by its MTP head" in report.serving
+    folder = headers.write(tmp_path / "mixed", tensors, headers.demo_config(**headers.DSPARK_FIELDS))
+    assert "the draft head is MTP, and config.json has the fields of DSpark" in problems(folder)
 
 
 @pytest.fixture

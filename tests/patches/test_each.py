@@ -345,6 +345,38 @@ def test_weight_coverage_is_checked_before_loading(demo_model, monkeypatch):
     assert checked == [(demo_model, [str(demo / "model.safetensors")])]
 
 
+def test_unchecked_loading_is_refused_with_the_configuration():
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor import model_loader
+
+    arguments = EngineArgs(model=str(ROOT / "demo"), load_format="sharded_state", max_model_len=4096)
+    made = mock.Mock(side_effect=AssertionError("a loader was made"))
+    with (
+        mock.patch.dict(model_loader._LOAD_FORMAT_TO_MODEL_LOADER, {"sharded_state": made}),
+        pytest.raises(ValueError, match="NVFP4 layers is not served with --load-format sharded_state: "),
+    ):
+        arguments.create_engine_config()
+
+
+def test_streamed_weights_are_checked_and_translated(demo_model, monkeypatch):
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import runai_streamer_loader, weight_utils
+
+    stored = {"a.weight_global_scale": torch.tensor([4.0])}
+    files, checked = ["s3://bucket/model.safetensors"], []
+    streamer = mock.MagicMock(files_to_tensors_metadata={0: []}, get_tensors=lambda: iter(stored.items()))
+    streamer.__enter__.return_value = streamer
+    monkeypatch.setattr(weight_utils, "SafetensorsStreamer", lambda: streamer)
+    monkeypatch.setattr(runai_streamer_loader, "list_safetensors", lambda path: files)
+    monkeypatch.setattr("cutedsl_nvfp4.vllm.coverage.check_streamed", lambda *found: checked.append(found))
+    loader = runai_streamer_loader.RunaiModelStreamerLoader(LoadConfig(load_format="runai_streamer"))
+    config = SimpleNamespace(model="", model_weights="s3://bucket", revision=None)
+    read = dict(loader.get_all_weights(config, demo_model))
+    assert checked == [(demo_model, files, {0: []})]
+    assert read["a.weight_global_scale"].item() == 0.25
+    assert dict(loader.get_all_weights(config, torch.nn.Linear(1, 1)))["a.weight_global_scale"].item() == 4.0
+
+
 def test_damaged_index_is_named(tmp_path):
     from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
 

@@ -18,6 +18,8 @@ class NativeMapper:
     def apply_list(self, names: list[str]) -> list[str]:
         renamed = []
         for name in names:
+            if "mtp." in name:
+                continue
             name = re.sub(r"^(layers|norm)\.", r"model.\1.", name)
             name = name.replace(".shared_experts.w2", ".shared_experts.down_proj")
             renamed.append(re.sub(r"\.scale$", ".weight_scale_inv", name))

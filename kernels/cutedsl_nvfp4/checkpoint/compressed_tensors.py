@@ -37,8 +37,12 @@ def _is_nvfp4(name: str, group: dict[str, Any]) -> bool:
     )
 
 
-def native_scheme(quantization: dict[str, Any], layers: Iterable[Layer]) -> dict[str, Any]:
+def native_scheme(
+    quantization: dict[str, Any], layers: Iterable[Layer], drafted: Iterable[Layer] = ()
+) -> dict[str, Any]:
     """compressed-tensors' `quantization_config` -> ModelOpt's, or DeepSeek's where there is FP8; for `layers`.
+
+    Layers that are `drafted` have no part in the choice; those that are not NVFP4 are ignored.
 
     Raises ValueError for other formats, transforms, sparsity, groups without layers, and for FP8 beside
     NVFP4 outside the routed experts.
@@ -48,27 +52,33 @@ def native_scheme(quantization: dict[str, Any], layers: Iterable[Layer]) -> dict
             raise ValueError(f"quantization_config.{key}: not served; export the checkpoint without it")
     groups, ignored = quantization.get("config_groups") or {}, quantization.get("ignore") or []
     is_nvfp4 = {name: _is_nvfp4(name, group) for name, group in groups.items()}
-    in_nvfp4, in_fp8, unquantized, empty = [], [], [], set(groups)
-    for layer in layers:
+
+    def group_of(layer: Layer) -> str | None:
+        """The first group that matches is the layer's."""
         of = [name for name, group in groups.items() if layer.matches_targets(group["targets"])]
-        if not of or layer.matches_targets(ignored):
-            unquantized.append(layer.name)
-            continue
-        (in_nvfp4 if is_nvfp4[of[0]] else in_fp8).append(layer.name)
-        empty -= {of[0]}  # the first group that matches is the layer's
+        return None if not of or layer.matches_targets(ignored) else of[0]
+
+    in_nvfp4, in_fp8, unquantized, used = [], [], [], set()
+    for layer in layers:
+        group = group_of(layer)
+        used.add(group)
+        (unquantized if group is None else in_nvfp4 if is_nvfp4[group] else in_fp8).append(layer.name)
+    of_drafts = {layer.name: group_of(layer) for layer in drafted}
+    not_nvfp4 = [name for name, group in of_drafts.items() if group is None or not is_nvfp4[group]]
+    empty = groups.keys() - used - set(of_drafts.values())
     if empty or not groups:
         raise ValueError(
             f"quantization_config.config_groups {sorted(empty)} target no layer of DeepSeek-V4; targets are "
             f"Linear, a module's name, or re: and a regular expression over names"
         )
     if not in_fp8:
-        nvfp4_groups = [group for name, group in groups.items() if is_nvfp4[name]]
+        nvfp4_groups = [group for name, group in groups.items() if is_nvfp4[name] and name in used]
         weight_only = all(group.get("input_activations") is None for group in nvfp4_groups)
         return {
             "quant_method": "modelopt",
             "quant_algo": "W4A16_NVFP4" if weight_only else "NVFP4",
             "group_size": GROUP_SIZE,
-            "ignore": unquantized,
+            "ignore": unquantized + not_nvfp4,
         }
     not_experts = [name for name in in_nvfp4 if not name.endswith(EXPERTS)]
     other_experts = [name for name in in_fp8 + unquantized if name.endswith(EXPERTS)]
@@ -104,12 +114,14 @@ def _e8m0(scale: torch.Tensor, name: str) -> torch.Tensor:
 def as_native(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor) pairs as vLLM reads them, with divisors inverted and FP8 scales in e8m0.
 
-    Raises ValueError naming the tensor for a divisor that is not finite and positive, or an FP8 scale that
-    e8m0 cannot hold.
+    Draft layers pass as they are: the served model leaves them out. Raises ValueError naming the tensor for a divisor
+    that is not finite and positive, or an FP8 scale that e8m0 cannot hold.
     """
     for name, tensor in weights:
         layer, _, leaf = name.rpartition(".")
-        if leaf in (WEIGHT_DIVISOR, INPUT_DIVISOR):
+        if "mtp." in name:
+            pass
+        elif leaf in (WEIGHT_DIVISOR, INPUT_DIVISOR):
             try:
                 tensor = global_scale_from_divisor(tensor)
             except ValueError as error:

@@ -14,7 +14,9 @@ from . import layers
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPE, ARCHITECTURE = "deepseek_v4", "DeepseekV4ForCausalLM"
+MODEL_TYPE = "deepseek_v4"
+# with text alone, and with a vision tower; vLLM's classes have the same names
+ARCHITECTURES = ("DeepseekV4ForCausalLM", "DeepseekV4ForConditionalGeneration")
 _COMPRESSED = ("compressed_sparse_attention", "heavily_compressed_attention")
 _NEEDED = (
     "num_hidden_layers",
@@ -127,7 +129,7 @@ def native_config(fields: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError naming what the file lacks, contradicts, or says in words vLLM cannot follow.
     """
-    if fields.get("architectures", [ARCHITECTURE]) != [ARCHITECTURE]:
+    if fields.get("architectures", [ARCHITECTURES[0]]) not in [[name] for name in ARCHITECTURES]:
         return fields  # draft models have configs of their own
     native = native_fields(fields)
     if native.get("topk_method") is None:
@@ -175,12 +177,26 @@ def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, 
     if method == "compressed-tensors":
         from .compressed_tensors import native_scheme
 
-        native = native_scheme(quantization, layers.quantizable(config))
+        native = native_scheme(quantization, layers.quantizable(config), layers.drafted(config))
         _report(f"quantization_config: compressed-tensors, read as quant_method {native['quant_method']}")
         return native
     if method == "fp8":
         return _with_scale_format(config, quantization)
     return _with_native_ignore_list(config, quantization)
+
+
+def holds_nvfp4(quantization: Any) -> bool:
+    """Whether a `quantization_config`, in any exporter's words or `native_quantization`'s, makes any layer NVFP4."""
+    if isinstance(quantization, dict):
+        algorithms = [quantization.get(key) for key in ("quant_algo", "moe_quant_algo")]
+        if any("NVFP4" in str(algorithm).upper() for algorithm in algorithms):
+            return True
+        if (quantization.get("num_bits"), quantization.get("type"), quantization.get("group_size")) == (
+            4, "float", 16,
+        ):  # of one of compressed-tensors' groups  # fmt: skip
+            return True
+        return any(holds_nvfp4(value) for value in quantization.values())
+    return False
 
 
 def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
@@ -193,15 +209,40 @@ def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, A
     return {**quantization, "scale_fmt": "ue8m0"}
 
 
-def _with_native_ignore_list(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
-    """Replace a ModelOpt ignore list in transformers' names by the layers it names, in DeepSeek's."""
-    nested = quantization.get("quantization")
-    holder = nested if isinstance(nested, dict) else quantization
-    key = "exclude_modules" if holder is nested else "ignore"
-    patterns = holder.get(key) or []
-    if not layers.has_foreign_names(patterns):
+def _with_ignore(quantization: dict[str, Any]) -> dict[str, Any]:
+    """A flat ModelOpt `quantization_config` with its list under `ignore`, the only name vLLM reads there."""
+    renamed = {key: value for key, value in quantization.items() if key != "exclude_modules"}
+    if len(renamed) == len(quantization):
         return quantization
-    ignored = [layer.name for layer in layers.quantizable(config) if layer.matches_wildcards(patterns)]
-    _report(f"quantization_config.{key}: transformers' names, {len(ignored)} layers left unquantized")
-    translated = {**holder, key: ignored}
-    return {**quantization, "quantization": translated} if holder is nested else translated
+    excluded = quantization["exclude_modules"]
+    if renamed.setdefault("ignore", excluded) != excluded:
+        raise ValueError(
+            "config.json contradicts itself: ignore and exclude_modules of quantization_config differ; remove one"
+        )
+    _report("quantization_config.ignore, from exclude_modules")
+    return renamed
+
+
+def _with_native_ignore_list(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:
+    """Replace a ModelOpt ignore list in transformers' names by the layers it names, in DeepSeek's.
+
+    A draft layer that the list calls `mtp.{i}` alone, as DeepSeek does, is added by vLLM's name.
+    """
+    nested = quantization.get("quantization")
+    holder, key = (
+        (nested, "exclude_modules") if isinstance(nested, dict) else (_with_ignore(quantization), "ignore")
+    )
+    patterns = holder.get(key) or []
+    drafted = [layer for layer in layers.drafted(config) if layer.matches_wildcards(patterns)]
+    if layers.has_foreign_names(patterns):
+        trunk = [layer for layer in layers.quantizable(config) if layer.matches_wildcards(patterns)]
+        ignored = [layer.name for layer in trunk + drafted]
+        _report(f"quantization_config.{key}: transformers' names, {len(ignored)} layers left unquantized")
+    else:
+        understood = [pattern for pattern in patterns if "mtp" not in pattern]
+        added = [layer.name for layer in drafted if not layer.matches_wildcards(understood)]
+        ignored = [*patterns, *added] if added else patterns
+        if added:
+            _report(f"quantization_config.{key}: {len(added)} layers of mtp.* by vLLM's names besides")
+    translated = {**holder, key: ignored} if ignored is not patterns else holder
+    return {**quantization, "quantization": translated} if isinstance(nested, dict) else translated

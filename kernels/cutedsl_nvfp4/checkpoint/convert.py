@@ -25,6 +25,7 @@ from . import written_config as config
 from .conversion import Conversion, Options, Shard, conversion_key, plan_conversion
 from .dialects import read_contents
 from .disk import Use, check_disks, format_bytes
+from .draft import draft_head
 from .folder import (
     COMPANIONS,
     CONFIG,
@@ -312,14 +313,15 @@ def _finish(source: Path, plan: _Plan, journal: Journal, destination: Path, reco
         "metadata": {"total_size": sum(output.nbytes for output, _ in outputs)},
         "weight_map": {output.name: file for output, file in outputs},
     }
+    written = (plan.native, set(conversion.nvfp4), draft_head(plan.native, plan.checkpoint.tensors))
     if not conversion.keeps_fp8:
-        write_json(destination / "hf_quant_config.json", config.hf_quant_config(set(conversion.nvfp4)))
+        write_json(destination / "hf_quant_config.json", config.hf_quant_config(*written))
     write_json(destination / RECORD, record)
     write_json(destination / INDEX, index)
     if conversion.keeps_fp8:
         final = config.experts_only_config(plan.native)
     else:
-        final = config.modelopt_config(plan.native, set(conversion.nvfp4))
+        final = config.modelopt_config(*written)
     sync_folder(destination)
     write_json(destination / CONFIG, final)
     sync_folder(destination)

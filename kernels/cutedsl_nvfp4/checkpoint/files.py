@@ -50,7 +50,7 @@ NVFP4_DTYPES = (
 class StoredTensor:
     """What a header says of one tensor."""
 
-    file: Path
+    file: Path | str  # a path, or a URI in object storage
     dtype: str  # safetensors' name: U8, F8_E4M3, F32, …
     shape: tuple[int, ...]
 
@@ -159,25 +159,33 @@ def _check_nvfp4(tensors: dict[str, StoredTensor]) -> None:
                 )
 
 
+def gather(headers: Iterable[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """(name, tensor) pairs of all files of a checkpoint -> tensors by name, after checking what is NVFP4.
+
+    Raises ValueError for a name in two files, and for a dtype or shape that NVFP4 does not allow.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in headers:
+        if name in tensors:
+            raise ValueError(
+                f"{name} is in both {tensors[name].file} and {tensor.file}; which one is meant cannot be told. Remove "
+                f"the file that does not belong to the checkpoint, or add {INDEX}"
+            )
+        tensors[name] = tensor
+    _check_nvfp4(tensors)
+    return tensors
+
+
 def read_checkpoint(files: Iterable[str | Path]) -> dict[str, StoredTensor]:
     """Every tensor of safetensors `files` of one folder, by name, after checking files, index and dtypes.
 
     Raises ValueError naming file and tensor, with what is wrong and what to do.
     """
-    tensors: dict[str, StoredTensor] = {}
     files = sorted(map(Path, files))
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise ValueError(
-                    f"{name} is in both {tensors[name].file} and {file}; which one is meant cannot be told. Remove the "
-                    f"file that does not belong to the checkpoint, or add {INDEX}"
-                )
-            tensors[name] = tensor
+    tensors = gather(pair for file in files for pair in read_header(file).items())
     for folder in sorted({file.parent for file in files}):
         if (folder / INDEX).is_file():
             _check_index(folder / INDEX, tensors)
-    _check_nvfp4(tensors)
     return tensors
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .config import MODEL_TYPE
 from .headers import CheckpointError, Tensor, parse_json, read_header
 from .hub import Hub, Unreachable, cached_snapshot
 
@@ -70,6 +71,11 @@ class Checkpoint:
 
     @property
     def num_layers(self) -> int:
+        model_type = self.config.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise CheckpointError(
+                f"{CONFIG} has model_type {str(model_type)[:200]!r}; these tools read {MODEL_TYPE} alone, DeepSeek-V4's"
+            )
         layers = self.config.get("num_hidden_layers")
         if not isinstance(layers, int) or layers < 1:
             raise CheckpointError(f"{CONFIG} has num_hidden_layers = {layers!r}, expected a number >= 1")

@@ -6,13 +6,15 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from . import names
+from . import names, routing
 from .dialects import Contents, Linear, read_contents
-from .folder import Checkpoint, find_source, read_checkpoint
+from .draft import DSPARK, PREVIEW, DraftHead, draft_head, encoder_release, release
+from .folder import Checkpoint, Folder, find_source, read_checkpoint, read_json
 from .headers import CheckpointError
+from .hub import Hub
 from .planner.model import complete, linear_shapes
 
 OTHER = ("embeddings", "norms and rest", "mtp")
@@ -25,6 +27,11 @@ DIALECTS = {
     "f32": "F32",
 }
 LISTED = 3
+ENCODER = "encoding/encoding_dsv4.py"  # DeepSeek's chat encoder, in the checkpoint
+QUANTIZATION = (
+    "hf_quant_config.json"  # ModelOpt's older place for what config.json's quantization_config says
+)
+MAX_ENCODER_BYTES = 1_000_000
 
 
 @dataclass
@@ -58,6 +65,8 @@ class Report:
     rows: list[Row]
     serving: list[str]
     problems: list[Problem]
+    draft: DraftHead | None
+    release: str | None  # draft.PREVIEW or RELEASE, where it can be told
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +178,18 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
                 )
             )
     problems += _config_problems(config, formats)
+    for device in routing.EXPERT_COUNTS:
+        if (experts := config.get("n_routed_experts")) and (reason := routing.refusal(experts, device)):
+            what, _, remedy = reason.rpartition("; ")
+            problems.append(Problem(what, remedy))
+    declared, head = draft_head(config), draft_head(config, checkpoint.tensors)
+    if head is not None and declared is not None and head.kind != declared.kind:
+        problems.append(
+            Problem(
+                f"the draft head is {head.kind}, and config.json has the fields of {declared.kind}",
+                "use the config.json that belongs to these weights",
+            )
+        )
     return problems
 
 
@@ -203,8 +224,6 @@ def describe_serving(contents: Contents) -> list[str]:
             if not without
             else f"activations: {without} of {len(quantized)} NVFP4 layers have no input_scale: dynamic under W4A4"
         )
-    if contents.copied:
-        lines.append("MTP: not read; this image serves no speculative decoding")
     if any(linear.divisors for linear in quantized):
         lines.append(
             "layout: compressed-tensors; its global scales are divisors and are inverted as they are read"
@@ -212,10 +231,48 @@ def describe_serving(contents: Contents) -> list[str]:
     return lines
 
 
+def describe_draft(head: DraftHead | None, config: dict, encoder: str | None) -> list[str]:
+    """The draft head in words, and the release that it and the chat `encoder` (its text, if there is one) mean."""
+    lines = []
+    declared = draft_head(config)
+    if head is None:
+        lost = f"; config.json declares {declared.kind}, and no tensor of it is here" if declared else ""
+        lines.append(f"draft head: none{lost}")
+    else:
+        said = f"{head.kind}, {head.layers} layer{'s' * (head.layers > 1)}"
+        if head.block_size:
+            said += f", block size {head.block_size}"
+        for what, experts in (("routed experts", True), ("other linears", False)):
+            if stored := head.stored(experts):
+                said += f"; {what} {' and '.join(DIALECTS[fmt] for fmt in stored)}"
+        lines.append(f"draft head: {said}; not read, this image serves no speculative decoding")
+    found = release(head, encoder)
+    by = "its chat encoder" if encoder and encoder_release(encoder) else "its MTP head"
+    if found == PREVIEW:
+        lines.append(f"release: a preview, by {by}")
+    elif found:
+        lines.append(f"release: {found}, by {by}")
+    elif head is not None and head.kind == DSPARK:
+        lines.append(
+            f"release: 0731/0813, or a preview with DSpark attached; there is no {ENCODER} that tells which"
+        )
+    return lines
+
+
+def _read_encoder(source: Folder | Hub) -> str | None:
+    if source.below(ENCODER.partition("/")[0]).get(ENCODER, MAX_ENCODER_BYTES) >= MAX_ENCODER_BYTES:
+        return None
+    with source.open(ENCODER) as file:
+        return file.read().decode("utf-8", "replace")
+
+
 def inspect(location: str, revision: str | None = None) -> Report:
     """Read the headers of `location`, a folder or a hub id -> Report. CheckpointError where they cannot be."""
     source = find_source(location, revision)
     checkpoint = read_checkpoint(source)
+    if not checkpoint.config.get("quantization_config") and QUANTIZATION in checkpoint.files:
+        quantization = {"quant_method": "modelopt", **read_json(source, QUANTIZATION, checkpoint.files)}
+        checkpoint = replace(checkpoint, config={**checkpoint.config, "quantization_config": quantization})
     contents = read_contents(checkpoint.tensors, checkpoint.num_layers)
     problems = find_problems(checkpoint, contents)
     serving = describe_serving(contents)
@@ -223,7 +280,9 @@ def inspect(location: str, revision: str | None = None) -> Report:
         serving.append(
             "names: transformers'; the server reads them as DeepSeek's, scripts/convert_checkpoint.py writes DeepSeek's"
         )
-    return Report(source.label, count_bytes(contents), serving, problems)
+    head, encoder = draft_head(checkpoint.config, checkpoint.tensors), _read_encoder(source)
+    serving += describe_draft(head, checkpoint.config, encoder)
+    return Report(source.label, count_bytes(contents), serving, problems, head, release(head, encoder))
 
 
 def print_report(report: Report) -> None:

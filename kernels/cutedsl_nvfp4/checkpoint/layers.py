@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from .names import linears_of, native_name, transformers_paths
+from .draft import MTP, draft_head
+from .names import EXPERTS, linears_of, native_name, transformers_paths
 
 # A fused layer of vLLM, and DeepSeek's names of its segments.
 FUSED = {
@@ -22,7 +23,6 @@ FUSED = {
 }
 # vLLM's layers that bear another name than DeepSeek's linears in them
 _SERVED = {**FUSED, "shared_experts.down_proj": ("shared_experts.w2",)}
-EXPERTS = "ffn.experts"
 INDEXER_RATIO = 4
 
 
@@ -101,11 +101,21 @@ def linears_in(layer: str) -> list[str]:
     return [layer]
 
 
-def _aliases(number: int, path: str) -> frozenset[str]:
+def _aliases(layers: tuple[str, ...], path: str) -> frozenset[str]:
+    """Every name of `path` inside a layer, which is called each of `layers` (`layers.3`)."""
     paths = {path, *transformers_paths(path)}
     if fused := _fused(path):
         paths |= {fused[0], fused[0].replace("attn.", "self_attn.", 1).replace("ffn.", "mlp.", 1)}
-    return frozenset(f"{prefix}layers.{number}.{path}" for path in paths for prefix in ("", "model."))
+    return frozenset(
+        f"{prefix}{layer}.{path}" for layer in layers for path in paths for prefix in ("", "model.")
+    )
+
+
+def _routed_experts(layers: tuple[str, ...], experts: int) -> Layer:
+    """The routed experts of a layer; the first and the last stand for all: coverage looks at every tensor."""
+    merged = {f"{layer}.{EXPERTS}" for layer in layers} | {f"model.{layer}.mlp.experts" for layer in layers}
+    matrices = (f"{EXPERTS}.{expert}.w{w}" for expert in (0, experts - 1) for w in (1, 2, 3))
+    return Layer(f"{layers[0]}.{EXPERTS}", tuple(_aliases(layers, matrix) | merged for matrix in matrices))
 
 
 def quantizable(config: Any) -> Iterator[Layer]:
@@ -115,14 +125,30 @@ def quantizable(config: Any) -> Iterator[Layer]:
         paths = linears_of("attention") + linears_of("shared")
         paths += linears_of("compressor") if ratio else ()
         paths += linears_of("indexer") if ratio == INDEXER_RATIO else ()
+        layer = (f"layers.{number}",)
         for path in paths:
-            yield Layer(f"layers.{number}.{path}", (_aliases(number, path),))
-        # the first and the last expert stand for all: the coverage check looks at every tensor
-        experts = (f"{EXPERTS}.{e}.w{w}" for e in (0, config.n_routed_experts - 1) for w in (1, 2, 3))
-        merged = {f"layers.{number}.{EXPERTS}", f"model.layers.{number}.mlp.experts"}
-        yield Layer(
-            f"layers.{number}.{EXPERTS}", tuple(_aliases(number, expert) | merged for expert in experts)
-        )
+            yield Layer(f"{layer[0]}.{path}", (_aliases(layer, path),))
+        yield _routed_experts(layer, config.n_routed_experts)
+
+
+def drafted(config: Any) -> Iterator[Layer]:
+    """Every linear layer of the draft head that `config` declares, by vLLM's names: layer i is no `mtp.{i}` there."""
+    head = draft_head(vars(config))
+    layers = [
+        (f"layers.{config.num_hidden_layers + index}", f"mtp.{index}")
+        for index in range(head.layers if head is not None else 0)
+    ]
+    for layer in layers:
+        for path in (*linears_of("attention"), *linears_of("shared")):
+            yield Layer(f"{layer[0]}.{path}", (_aliases(layer, path),))
+        yield _routed_experts(layer, config.n_routed_experts)
+        if head.kind == MTP:
+            for path in ("e_proj", "h_proj"):
+                yield Layer(f"{layer[0]}.{path}", (_aliases(layer, path),))
+            yield Layer(f"{layer[0]}.shared_head.head", (frozenset({"head", "lm_head"}),))
+    if head is not None and head.kind != MTP:
+        yield Layer("main_proj", (_aliases(layers[0], "main_proj"),))
+        yield Layer("context_wkv_proj", tuple(_aliases(layer, "attn.wkv") for layer in layers))
 
 
 def has_foreign_names(patterns: Iterable[str]) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from .headers import CheckpointError
 
 KINDS = ("attention", "compressor", "indexer", "shared", "experts")
+EXPERTS = "ffn.experts"  # the routed ones, below a layer
 
 # --- the table, from DeepSeek's paths to transformers' ---
 
@@ -117,7 +118,8 @@ def _either(paths: Iterable[str]) -> str:
 
 _PATHS = {**_TOP_LEVEL_PATHS, **_IN_LAYER_PATHS}
 _FOREIGN = re.compile(
-    rf"^(?P<top>{_either(_TOP_LEVEL_PATHS)})(?!\w)"
+    r"^(?P<vision>(?:vision|aligner)\..*)"  # whole: the tower has an mlp too, which is no layer's
+    rf"|^(?P<top>{_either(_TOP_LEVEL_PATHS)})(?!\w)"
     rf"|(?<!\w)mlp\.experts\.(?P<expert>\d+|\*)\.(?P<matrix>{_either(_NATIVE_EXPERT)})(?!\w)"
     rf"|(?<!\w)(?P<path>{_either(_IN_LAYER_PATHS)})(?!\w)"
     rf"|(?<=\.)(?P<leaf>{_either(_MODELOPT_LEAVES)})$"
@@ -125,6 +127,8 @@ _FOREIGN = re.compile(
 
 
 def _replace(match: re.Match) -> str:
+    if match["vision"]:
+        return match["vision"]
     if match["expert"]:
         return f"ffn.experts.{match['expert']}.{_NATIVE_EXPERT[match['matrix']]}"
     return _MODELOPT_LEAVES[match["leaf"]] if match["leaf"] else _PATHS[match["top"] or match["path"]]
@@ -160,10 +164,17 @@ def split_layer(name: str) -> tuple[int | None, str]:
     return (int(found.group(1)), found.group(2)) if found else (None, name)
 
 
+def draft_index(name: str, num_layers: int) -> int | None:
+    """Which draft layer `name` belongs to, `mtp.{i}.*` or `layers.{num_layers + i}.*`; None for every other name."""
+    if found := re.match(r"(?:model\.)?mtp\.(\d{1,6})\.", name):
+        return int(found[1])
+    layer, _ = split_layer(name)
+    return layer - num_layers if layer is not None and layer >= num_layers else None
+
+
 def is_mtp(name: str, num_layers: int) -> bool:
     """Whether `name` belongs to the draft layers: copied as they are, under the names they have."""
-    layer, _ = split_layer(name)
-    return name.startswith(("mtp.", "model.mtp.")) or (layer is not None and layer >= num_layers)
+    return name.startswith(("mtp.", "model.mtp.")) or draft_index(name, num_layers) is not None
 
 
 def _identify_in_layer(rest: str) -> tuple[str, str] | None:

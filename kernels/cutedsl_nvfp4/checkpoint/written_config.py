@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import native_fields
+from .draft import DraftHead
 from .headers import CheckpointError
 from .names import KINDS, linears_of
 
@@ -48,20 +49,20 @@ def _written(config: dict, quantization: dict) -> dict:
     return written
 
 
-def ignored_layers(nvfp4_kinds: set[str]) -> list[str]:
-    """Patterns of the layers that are not NVFP4."""
+def ignored_layers(nvfp4_kinds: set[str], num_layers: int, draft: DraftHead | None) -> list[str]:
+    """Patterns of the layers that are not NVFP4, of a model of `num_layers` layers and its draft head."""
     patterns = [f"*.{layer}" for kind in KINDS if kind not in nvfp4_kinds for layer in _LAYERS[kind]]
-    return [*_ALWAYS_IGNORED, *patterns, "mtp.*"]
+    return [*_ALWAYS_IGNORED, *patterns, *(draft.unquantized(num_layers) if draft is not None else ())]
 
 
-def modelopt_config(config: dict, nvfp4_kinds: set[str]) -> dict:
-    """`config`, in DeepSeek's keys, with the quantization_config of a ModelOpt NVFP4 checkpoint."""
+def modelopt_config(config: dict, nvfp4_kinds: set[str], draft: DraftHead | None = None) -> dict:
+    """`config`, in DeepSeek's keys, with the quantization_config of a ModelOpt NVFP4 checkpoint with head `draft`."""
     numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
     quantization = {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
         "group_size": 16,
-        "ignore": ignored_layers(nvfp4_kinds),
+        "ignore": ignored_layers(nvfp4_kinds, config["num_hidden_layers"], draft),
         "config_groups": {
             "group_0": {"input_activations": numbers, "weights": numbers, "targets": ["Linear"]}
         },
@@ -83,14 +84,14 @@ def experts_only_config(config: dict) -> dict:
     return _written(config, quantization)
 
 
-def hf_quant_config(nvfp4_kinds: set[str]) -> dict:
-    """hf_quant_config.json, for engines that read ModelOpt's own file."""
+def hf_quant_config(config: dict, nvfp4_kinds: set[str], draft: DraftHead | None = None) -> dict:
+    """hf_quant_config.json, for engines that read ModelOpt's own file; arguments as for `modelopt_config`."""
     return {
         "producer": _PRODUCER,
         "quantization": {
             "quant_algo": "NVFP4",
             "kv_cache_quant_algo": None,
             "group_size": 16,
-            "exclude_modules": ignored_layers(nvfp4_kinds),
+            "exclude_modules": ignored_layers(nvfp4_kinds, config["num_hidden_layers"], draft),
         },
     }

@@ -5,21 +5,34 @@ missing expert or one missing half of a fused layer goes unnoticed, and packed c
 cannot be told from others by value.
 """
 
+import os
 import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch.nn import Module, Parameter
 
-from ..checkpoint.files import check_whole_parameters, read_checkpoint
+from ..checkpoint.compressed_tensors import as_native
+from ..checkpoint.config import holds_nvfp4
+from ..checkpoint.draft import draft_head
+from ..checkpoint.files import StoredTensor, check_whole_parameters, gather, read_checkpoint
 from ..checkpoint.layers import FUSED
-from ..checkpoint.names import listed
+from ..checkpoint.names import draft_index, listed
+from .architectures import is_checked
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 # Experts of other ranks are not among the latter: by name they have a place on every rank.
 OPTIONAL_PARAMETERS = (
     (r"input_scale$", "weight-only checkpoints have none; W4A16 and dynamic scales need none"),
 )
-UNREAD_TENSORS = ((r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),)
+UNREAD_TENSORS = (
+    (r"(^|\.)mtp\.", "draft layers, read only for speculative decoding"),
+    (
+        r"^((vision|aligner)\.|image_)",
+        "the vision tower, which vLLM leaves out where images are switched off",
+    ),
+)
 
 LISTED = 10  # names shown in an error
 
@@ -66,9 +79,9 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
     places: dict[tuple[str, str], str] = {}  # (parameter, segment): the checkpoint's tensor for it
     unplaced = []
     for name in sorted(names):
-        if any(re.search(pattern, name) for pattern, _ in UNREAD_TENSORS):
-            continue
         mapped = mapper.apply_list([name])
+        if not mapped and any(re.search(pattern, name) for pattern, _ in UNREAD_TENSORS):
+            continue
         if mapped and is_elsewhere(mapped[0]):
             continue
         place = _place(mapped[0], parameters) if mapped else None
@@ -119,19 +132,71 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
         )
 
 
+def _is_drafted(model: Module) -> Callable[[str], bool]:
+    """Whether a tensor's name is one of the draft layers that `model`'s config.json declares, counted as its layers.
+
+    vLLM's model classes know `mtp.{i}` alone and leave that out themselves.
+    """
+    head = draft_head(vars(model.config))
+    layers = range(head.layers if head is not None else 0)
+    return lambda name: "mtp." not in name and draft_index(name, model.config.num_hidden_layers) in layers
+
+
+def native_weights(
+    model: Module, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs as a loader reads them -> as `model` takes them: a DeepSeek-V4 `as_native`, others as is."""
+    if not is_checked(model):
+        return iter(weights)
+    is_drafted = _is_drafted(model)
+    return as_native((name, tensor) for name, tensor in weights if not is_drafted(name))
+
+
 def check_weight_coverage(model: Module, files: list[str]) -> None:
-    """`check_coverage` for a DeepSeek-V4 `model` about to be loaded from safetensors `files`; others pass."""
-    if type(model).__name__ != "DeepseekV4ForCausalLM" or not all(
-        str(file).endswith(".safetensors") for file in files
-    ):
+    """`check_coverage` for a DeepSeek-V4 `model` about to be loaded from `files`; other models pass.
+
+    Raises ValueError for files without headers too, where the model has NVFP4 layers.
+    """
+    if not is_checked(model):
         return
+    pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
+    if not pickles:
+        check_stored(model, read_checkpoint(files))
+    elif holds_nvfp4(getattr(model.config, "quantization_config", None)):
+        raise ValueError(
+            f"{pickles[0]} is not a safetensors file, and NVFP4 layers are loaded from those alone: coverage is "
+            f"checked from their headers before anything is read. Store the checkpoint as safetensors"
+        )
+
+
+def check_streamed(model: Module, files: list[str], headers: dict) -> None:
+    """`check_coverage` for a DeepSeek-V4 `model` about to be loaded by Run:ai's streamer; other models pass.
+
+    `headers` are the streamer's: {position in `files`: of each tensor its name, dtype (safetensors' word) and shape}.
+    Of files in object storage there is nothing else; local ones are read as every other loader's.
+    """
+    if not is_checked(model):
+        return
+    if all(map(os.path.isfile, files)):
+        check_stored(model, read_checkpoint(files))
+    else:
+        stored = (
+            (entry.name, StoredTensor(files[position], entry.dtype, tuple(entry.shape)))
+            for position, entries in headers.items()
+            for entry in entries
+        )
+        check_stored(model, gather(stored))
+
+
+def check_stored(model: Module, tensors: dict[str, StoredTensor]) -> None:
+    """Raise ValueError where a checkpoint's `tensors` do not fit a DeepSeek-V4 `model`, by name, dtype and shape."""
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
-    tensors = read_checkpoint(files)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
+    is_drafted = _is_drafted(model)
     check_coverage(
-        set(tensors),
+        {name for name in tensors if not is_drafted(name)},
         set(parameters),
         model.hf_to_vllm_mapper,
         model.config.n_routed_experts,

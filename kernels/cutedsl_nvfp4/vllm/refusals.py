@@ -6,7 +6,11 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from .. import settings
+from ..checkpoint import routing
+from ..checkpoint.config import holds_nvfp4
 from ..family import Layout
+from . import architectures, load_formats
+from .cpu import operators as cpu_operators
 
 # methods of --speculative-config, as vLLM 0.32.0 has them -> why NVFP4 targets do not serve them; None: they do.
 # vLLM renames every model's own MTP (deepseek_mtp, ...) to mtp.
@@ -56,6 +60,14 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | No
     speculative = vllm_config.speculative_config
     if speculative is not None and (reason := _refused_speculation(speculative.method)):
         reasons.append(f"--speculative-config (method {speculative.method!r}): {reason}")
+    if vllm_config.weight_transfer_config is not None:
+        reasons.append(
+            "--weight-transfer-config: weights sent to a running server would be written over prepared operands; "
+            "leave it out, and restart the server with the new checkpoint"
+        )
+    load_format = vllm_config.load_config.load_format
+    if reason := load_formats.refusal(load_format, deepseek_v4=False):
+        reasons.append(f"--load-format {load_format}: {reason}")
     parallel = vllm_config.parallel_config
     if (
         parallel.data_parallel_size > 1
@@ -85,6 +97,44 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | No
         )
     if reasons:
         raise ValueError(f"{kernel} does not support " + "; ".join(reasons))
+
+
+def refuse_unchecked(vllm_config: VllmConfig) -> None:
+    """Raise ValueError where NVFP4 layers of a DeepSeek-V4 would be loaded past a check, naming option and remedy.
+
+    Called in every process when the configuration is complete: no loader exists yet, and nothing was read. It holds
+    whoever's kernels serve; other models, and a DeepSeek-V4 without NVFP4 layers, pass.
+    """
+    model = vllm_config.model_config
+    if (
+        model is None
+        or not architectures.is_deepseek_v4(model.hf_config)
+        or not holds_nvfp4(getattr(model.hf_config, "quantization_config", None))
+    ):
+        return
+    reasons = []
+    if reason := architectures.refusal(model.architecture):
+        reasons.append(f"architecture {model.architecture}: {reason}")
+    if model.convert_type != "none":
+        reasons.append(
+            f"--convert {model.convert_type}: it makes a model that has not been tested; serve --runner generate"
+        )
+    speculative = vllm_config.speculative_config
+    draft = speculative.draft_model_config if speculative is not None else None
+    if draft is not None and draft.architecture in architectures.REFUSED:
+        reasons.append(
+            f"--speculative-config (method {speculative.method!r}, architecture {draft.architecture}): "
+            f"{architectures.REFUSED[draft.architecture]}"
+        )
+    load_format = vllm_config.load_config.load_format
+    if reason := load_formats.refusal(load_format, deepseek_v4=True):
+        reasons.append(f"--load-format {load_format}: {reason}")
+    device = "cpu" if current_platform.is_cpu() else "cuda"
+    routed_in_torch = device == "cpu" and cpu_operators.are_defined()  # among any number
+    if not routed_in_torch and (reason := routing.refusal(model.hf_config.n_routed_experts, device)):
+        reasons.append(reason)
+    if reasons:
+        raise ValueError(f"a DeepSeek-V4 with NVFP4 layers is not served with {'; '.join(reasons)}")
 
 
 def refuse_reload(model: Module) -> None:

@@ -379,6 +379,11 @@ _SCHEMAS = {
 _libraries: list[torch.library.Library] = []  # kept alive: a collected library takes its operators with it
 
 
+def are_defined() -> bool:
+    """Whether operators of this module stand in for vLLM's: after `define_missing`, where it found any missing."""
+    return bool(_libraries)
+
+
 def define_missing() -> list[str]:
     """Define the operators vLLM's CPU library for this processor lacks; their names. Safe to call again."""
     missing = [function for function in _SCHEMAS if not hasattr(torch.ops._C, function.__name__)]
