@@ -105,7 +105,9 @@ def test_every_method_of_speculation_is_served_or_refused_by_name(config):
             continue
         with pytest.raises(ValueError) as error:
             refuse_unsupported(config, KERNEL, Layout.PLAIN)
-        message = f"--speculative-config (method {method!r}): not tested with NVFP4 targets; use one of ngram, "
+        message = (
+            f"--speculative-config (method {method!r}): not tested with NVFP4 targets; use one of ngram, "
+        )
         assert message in str(error.value)
 
 

@@ -121,7 +121,7 @@ def refuse_unchecked(vllm_config: VllmConfig) -> None:
         )
     speculative = vllm_config.speculative_config
     draft = speculative.draft_model_config if speculative is not None else None
-    if draft is not None and draft.architecture in architectures.REFUSED:
+    if draft is not None and draft.architecture in architectures.REFUSED.keys() - {architectures.DRAFT}:
         reasons.append(
             f"--speculative-config (method {speculative.method!r}, architecture {draft.architecture}): "
             f"{architectures.REFUSED[draft.architecture]}"
