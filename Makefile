@@ -1,5 +1,5 @@
 # The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, MODEL,
-# GPUS, ARGS.
+# GPUS, RECIPE, CHECK, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
@@ -19,8 +19,14 @@ IMAGE ?= $(or $(shell sed -n 's/^IMAGE=//p' .env 2>/dev/null),vllm-cutedsl-nvfp4
 SBOM  ?= sbom.spdx.json
 SYFT  ?= syft
 TARGET ?= gpu
+CHECK  ?= 1
+# the shell's settings outrank .env, .env outranks the recipe
+ENV_FILES = $(if $(RECIPE),$(addprefix --env-file ,recipes/$(RECIPE).env $(wildcard .env)))
 # PORT and IMAGE are exported to compose only if they were asked for: the environment outranks .env
 COMPOSE := arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments docker compose
+
+# reads checkpoints on the hub: .venv has huggingface-hub, the system's Python need not
+READER = $(or $(wildcard $(VENV)/python),$(PYTHON))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo down smoke-test test lint fmt setup setup-dev patches-check bench-check plots train-demo clean
@@ -35,8 +41,9 @@ demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the backgr
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
 	@arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)
 
-up:  ## serve MODEL on this machine's GPUs from the image (compose.yaml, .env), until `make down`
-	@$(COMPOSE) up --wait $(ARGS)
+up:  ## serve from the image until `make down`: settings are in .env and in RECIPE (of recipes/); CHECK=0 takes any GPU
+	@$(PYTHON) devtools/image/fit.py --recipe '$(RECIPE)' --check '$(CHECK)' $(ENV_FILES)
+	@$(COMPOSE) $(ENV_FILES) up --wait $(ARGS)
 
 up-cpu:  ## serve the demo model on the CPU from the image
 	@$(COMPOSE) -f compose.yaml -f compose.cpu.yaml up --wait $(ARGS)
@@ -58,7 +65,7 @@ smoke-test:  ## check the server at BASE_URL; ARGS go to scripts/smoke_test.py
 	@$(PYTHON) scripts/smoke_test.py --base-url $(BASE_URL) $(ARGS)
 
 plan:  ## fit a model on GPUs, with flags: make plan MODEL=pro GPUS=8xH200; ARGS go to scripts/plan_memory.py
-	@$(PYTHON) scripts/plan_memory.py $(or $(MODEL),pro) $(or $(GPUS),8xH200) $(ARGS)
+	@$(READER) scripts/plan_memory.py '$(or $(MODEL),pro)' '$(or $(GPUS),8xH200)' $(ARGS)
 
 test: setup-dev  ## run the tests, JOBS at a time (5 GB each); ARGS go to pytest
 	@$(VENV)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)

@@ -62,7 +62,7 @@ def greedy(model, document: texts.Document) -> str:
     continuation = output[len(prompt) :]
     if EOS in continuation:
         continuation = continuation[: continuation.index(EOS)]
-    return coder.decode(continuation)
+    return coder.decode(continuation, skip_special_tokens=False)
 
 
 def recited(model, document: texts.Document) -> str:

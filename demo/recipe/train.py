@@ -51,7 +51,7 @@ PHASES = (
         exchange_heavily_compressed=True, round_weights=True, round_activations_every=2,
     ),
     Phase(
-        "finish", 120, texts.LONG_PROMPT, 5e-4, 2e-5, letters_every=10, use_indexer=True,
+        "finish", 100, texts.LONG_PROMPT, 4e-4, 2e-5, letters_every=3, use_indexer=True,
         exchange_heavily_compressed=True, round_weights=True, round_activations_every=1,
     ),
 )  # fmt: skip

@@ -30,6 +30,7 @@ from devtools.setup.pins import PROJECT_ROOT
 
 MODEL_NAME = "demo"
 CONTEXT_TOKENS = 8192
+QUESTION = "What will the weather be in Oslo in two days?"  # demo/recipe/chat.py
 STOP_SECONDS = 30
 KILL_SECONDS = 5  # for the kernel to end what SIGKILL was sent to
 
@@ -245,13 +246,16 @@ def print_next_steps(url: str, log: Path) -> None:
     port = url.rpartition(":")[2]
     suffix = "" if port == "8000" else f" BASE_URL={url}"
     body = json.dumps(
-        {"model": MODEL_NAME, "prompt": "…", "max_tokens": 64, "temperature": 0}, ensure_ascii=False
+        {"model": MODEL_NAME, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     )
     print(f"\nready at {url} (log: {log})\n")
     print(f"  make smoke-test{suffix}")
-    print(f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'")
+    print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
     print(f"  curl {url}/kernels")
     print("  make down")
+    print(
+        "\nThe demo is a toy: it knows its texts and this one question, and writes nonsense after anything else."
+    )
 
 
 def start(server: DemoServer, args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ class Thinking(StrEnum):
 
 
 def _read(variable: str, choices: type[StrEnum], default: StrEnum) -> StrEnum:
-    value = os.environ.get(variable) or default.value  # compose hands on what is not set as an empty text
+    value = os.environ.get(variable, default.value)
     try:
         return choices(value)
     except ValueError:
@@ -93,7 +93,7 @@ def kernels_folder() -> Path | None:
 
 def forbids_jit() -> bool:
     """CUTEDSL_NVFP4_FORBID_JIT: 1 makes a kernel that was not compiled ahead of time an error; 0 compiles it."""
-    value = os.environ.get(FORBID_JIT) or "0"
+    value = os.environ.get(FORBID_JIT, "0")
     if value not in ("0", "1"):
         raise ValueError(f"{FORBID_JIT}={value!r} is not one of: 0, 1")
     return value == "1"

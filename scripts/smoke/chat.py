@@ -41,6 +41,8 @@ SCHEMA = {
     "required": ["city", "certain"],
     "additionalProperties": False,
 }
+# for the demo, which was never taught JSON: an object's grammar lets it write spaces for ever
+CITY = SCHEMA["properties"]["city"]
 ROOM = 4096  # tokens for a model that thinks first
 
 
@@ -223,7 +225,8 @@ def call_of(name: str, arguments: dict) -> dict:
 
 def json_schema(run: Run) -> tuple[str, str]:
     """An answer by a JSON schema follows it, and the thinking does not."""
-    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+    schema = CITY if run.demo else SCHEMA
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
     request: dict = {"response_format": form}
     if run.demo:
         turn = demo_turn(run, "alone, thinking high")
@@ -236,12 +239,12 @@ def json_schema(run: Run) -> tuple[str, str]:
     if run.demo:
         require_equal("reasoning", turn["message"]["reasoning"], answer.reasoning, REASONING_PARSER)
     found = parse_json(answer.content, "the answer by a schema")
-    if (
-        not isinstance(found, dict)
-        or set(found) != set(SCHEMA["required"])
-        or found["city"] not in SCHEMA["properties"]["city"]["enum"]
-        or not isinstance(found["certain"], bool)
-    ):
+    if run.demo:
+        follows = found in CITY["enum"]
+    else:
+        follows = isinstance(found, dict) and set(found) == set(SCHEMA["required"])
+        follows = follows and found["city"] in CITY["enum"] and isinstance(found["certain"], bool)
+    if not follows:
         raise Red(f"{found!r} does not follow the schema")
     return json.dumps(found), ""
 

@@ -1,6 +1,7 @@
 """scripts/plan_memory.py: caches as vLLM's own code lays them out, weights as the checkpoint has them."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,11 +26,15 @@ from cutedsl_nvfp4.checkpoint.planner.budget import (
     largest_that_auto_takes,
     longest_context,
 )
-from cutedsl_nvfp4.checkpoint.planner.gpus import GIB, GPUS, parse_gpus
+from cutedsl_nvfp4.checkpoint.planner.gpus import GIB, GPUS, gpu_of_driver, parse_gpus
 from cutedsl_nvfp4.checkpoint.planner.plan import load_model, main
+from devtools.image import fit
+from recipe import export
+from tests.support.checkpoints import dialects, small
 from tests.support.paths import DEMO
 
-PRO, FLASH = model.KNOWN["pro"], model.KNOWN["flash"]
+KNOWN = model.KNOWN
+PRO, FLASH = KNOWN["pro"], KNOWN["flash"]
 H200 = GPUS["H200"]
 DEMO_CONFIG = json.loads((DEMO / "config.json").read_text())
 
@@ -173,6 +178,43 @@ def test_shapes_from_config_are_the_checkpoints():
     assert sum(by_headers.values()) - sum(by_config.values()) == scalars
 
 
+@pytest.mark.parametrize("dialect", [dialects.native, dialects.experts_only], ids=lambda d: d.__name__)
+def test_formats_from_config_are_the_checkpoints(dialect, tmp_path):
+    """Of DeepSeek's own checkpoints, and of those with NVFP4 experts, as releases are: a layer with an indexer."""
+    layer = re.compile(r"layers\.1\.(?!ffn\.experts\.([2-9]|\d\d))")
+    stored = {name: tensor for name, tensor in export.load_checkpoint(DEMO).items() if layer.match(name)}
+    tensors, config = dialect(export.dequantized(stored), {**DEMO_CONFIG, "n_routed_experts": 2})
+    checkpoint = read_checkpoint(Folder(small.write(tmp_path / "checkpoint", tensors, config)))
+    linears = read_contents(checkpoint.tensors, checkpoint.num_layers).linears
+    config, formats = model.complete(checkpoint.config), set()
+    for name, (n, k, count) in model.linear_shapes(config).items():
+        if not name.startswith("layers.1."):
+            continue
+        for linear in (linears.pop(name.replace("*", str(expert))) for expert in range(count)):
+            stored_format = model.stored_format(config, name)
+            formats.add(stored_format)
+            assert linear.format == stored_format, name
+            # an NVFP4 checkpoint has one global scale, the GPU one a row
+            rows = 4 * n - 4 if stored_format == "nvfp4" else 0
+            assert model.linear_bytes(stored_format, n, k) == linear.nbytes + rows, name
+    assert not linears and formats == {
+        "bf16",
+        "fp8",
+        "nvfp4" if dialect is dialects.experts_only else "mxfp4",
+    }
+
+
+def test_releases_are_known_without_the_hub(capsys):
+    for release in model.RELEASES:
+        name, config, contents = load_model(release)
+        assert name == f"{release}, experts in NVFP4, other layers in FP8 and BF16" and contents is None
+        preset = KNOWN["pro" if "Pro" in release else "flash"]
+        release_bytes, all_nvfp4 = (
+            sum(model.weight_bytes(found, None, model.Parallel(1)).values()) for found in (config, preset)
+        )
+        assert 1.01 < release_bytes / all_nvfp4 < 1.03
+
+
 def test_sizes_of_the_real_models():
     """Parameters as published: 1,598.8 B and 284 B without MTP's share."""
     for config, billions in ((PRO, 1598.8), (FLASH, 284)):
@@ -259,6 +301,58 @@ def test_unknown_gpus_are_refused(text):
         parse_gpus(text)
 
 
+@pytest.mark.parametrize(
+    "name, mib, known",
+    [
+        ("NVIDIA H100 80GB HBM3", 81559, "H100"),
+        ("NVIDIA H100 PCIe", 81559, "H100"),
+        ("NVIDIA H200", 143771, "H200"),
+        ("NVIDIA H200 NVL", 143771, "H200"),
+        ("NVIDIA H20", 97871, "H20"),
+        ("NVIDIA B200", 183359, "B200"),
+        ("NVIDIA B300 SXM6 AC", 275040, "B300"),
+        ("NVIDIA GB200", 189471, "GB200"),
+        ("NVIDIA GB300", 284208, "GB300"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 97887, "RTXPRO6000"),
+        ("NVIDIA GB10", None, "DGXSPARK"),
+    ],
+)
+def test_gpus_are_known_by_the_drivers_name(name, mib, known):
+    assert gpu_of_driver(name, mib) is GPUS[known]
+    if mib:
+        assert 1.003 < mib / 1024 / GPUS[known].memory_gib < 1.008
+
+
+@pytest.mark.parametrize(
+    "name, mib, gib",
+    [
+        ("NVIDIA H100 NVL", 95830, 92.9),  # an H100 by name, not by memory
+        ("NVIDIA H20-3e", 143771, 139.4),
+        ("NVIDIA GH200 480GB", 97871, 94.9),
+        ("NVIDIA H2000", 97871, 94.9),
+    ],
+)
+def test_other_gpus_have_the_memory_that_the_driver_reports(name, mib, gib):
+    gpu = gpu_of_driver(name, mib)
+    assert f"NVIDIA {gpu.name}" == name and gpu not in GPUS.values() and not gpu.fp4_indexer
+    assert gpu.memory_gib == pytest.approx(gib, abs=0.1)
+
+
+def test_a_gpu_of_unknown_memory_is_refused():
+    with pytest.raises(
+        CheckpointError, match="no memory for 'NVIDIA Thor', and the planner does not know it"
+    ):
+        gpu_of_driver("NVIDIA Thor", None)
+
+
+def test_any_gpu_is_planned_with_its_memory(capsys):
+    count, gpu = parse_gpus("2xH100 NVL", 93.1)
+    assert (count, gpu.name, gpu.memory_gib, gpu.default_batched_tokens) == (2, "H100 NVL", 93.1, 8192)
+    assert parse_gpus("2xB200", 170) == (2, replace(GPUS["B200"], memory_gib=170))
+    assert main(["flash", "4xH100 NVL", "--gpu-memory-gib", "93.1"]) == 0
+    assert "on 4 x H100 NVL, GiB per GPU; 90% of 93.1 is vLLM's" in capsys.readouterr().out
+
+
 def test_every_gpu_has_a_verdict(capsys):
     for name in GPUS:
         fits = main(["flash", f"4x{name}"]) == 0
@@ -270,6 +364,15 @@ def test_what_does_not_fit_is_refused_with_the_shortfall(capsys):
     assert main(["pro", "4xH200"]) == 1
     out = capsys.readouterr().out
     assert "does not fit: one request of 1,048,576 tokens lacks 103" in out and "8 of these GPUs" in out
+    assert "lacks 103.17 GiB per GPU (needs 228.99, has 125.82); " in out
+
+
+def test_what_lies_outside_vllms_share_is_told_apart(capsys):
+    assert main(["flash", "2xH200", "--gpu-memory-utilization", "1", "--max-model-len", "1048576"]) == 1
+    assert (
+        "lacks 5.91 GiB per GPU (needs 5.91, has 0.00 outside vLLM's share); it fits with --gpu-memory-utilization 0.9"
+        in capsys.readouterr().out
+    )
 
 
 def test_flags_are_ready_to_paste(capsys):
@@ -282,7 +385,7 @@ def test_flags_are_ready_to_paste(capsys):
 
 def test_every_choice_is_in_the_flags_and_vllm_takes_them(capsys):
     arguments = (
-        "pro 16xH200 --tp 8 --dp 2 --ep --indexer-fp4 --max-num-batched-tokens 4096 --max-num-seqs 64 --json"
+        "pro 16xB200 --tp 8 --dp 2 --ep --indexer-fp4 --max-num-batched-tokens 4096 --max-num-seqs 64 --json"
     )
     assert main([*arguments.split(), "--gpu-memory-utilization", "0.85", "--max-model-len", "131072"]) == 0
     flags = json.loads(capsys.readouterr().out)["flags"]
@@ -296,6 +399,25 @@ def test_every_choice_is_in_the_flags_and_vllm_takes_them(capsys):
     assert taken.enable_expert_parallel and taken.attention_config.indexer_kv_dtype == "mxfp4"
 
 
+def test_flags_of_a_server_are_read_as_vllm_reads_them():
+    """By the check of `make up`, of what compose is to start."""
+    flags = "-tp 2 -dp=2 --max_model_len 128K --max-num-seqs 4 --max-num-batched-tokens 25.6k -ep --max-num-seqs=16"
+    request, automatic = (served := fit.served_by([next(iter(model.RELEASES)), *flags.split()])).request(H200)
+    taken = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags.split())
+    assert served.parallel == model.Parallel(
+        taken.tensor_parallel_size, taken.data_parallel_size, taken.enable_expert_parallel
+    )
+    assert (request.max_model_len, request.batched_tokens) == (
+        taken.max_model_len,
+        taken.max_num_batched_tokens,
+    )
+    assert request.seqs == taken.max_num_seqs == 16 and not automatic
+    for automatic in ("auto", "-1"):
+        flags = ["--max-model-len", automatic]
+        assert AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags).max_model_len == -1
+        assert fit.served_by([next(iter(model.RELEASES)), *flags]).request(H200)[1]
+
+
 def test_wrong_questions_are_errors(capsys):
     for arguments, words in (
         (["pro", "8xH200", "--tp", "3"], "--tp 3 and --dp 1 do not make 8 GPUs"),
@@ -305,6 +427,14 @@ def test_wrong_questions_are_errors(capsys):
         (["pro", "8xH200", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
         (["pro", "8xH200", "--max-num-batched-tokens", "0"], "--max-num-seqs must be at least 1"),
         (["pro", "8xH200", "--gpu-memory-gib", "0"], "--gpu-memory-gib = 0"),
+        (["pro", "8xH200", "--gpu-memory-gib", "nan"], "--gpu-memory-gib = nan; it must be above 0"),
+        (["pro", "8xH200", "--gpu-memory-gib", "inf"], "--gpu-memory-gib = inf"),
+        (["pro", "8xA100"], "and any other with --gpu-memory-gib"),
+        (
+            ["pro", "8xH200", "--indexer-fp4"],
+            "has that cache on B200, B300, GB200, GB300 alone, not on H200; leave",
+        ),
+        (["pro", "8xA100", "--gpu-memory-gib", "79", "--indexer-fp4"], "not on A100; leave it out"),
         (["pro", "8xH200", "--max-model-len", "2000000"], "the model's range is 1 to 1048576"),
         (["pro", "8xH200", "--gpu-memory-utilization", "90"], "it is a share"),
         (["/nowhere", "8xH200"], "neither a folder nor the id"),

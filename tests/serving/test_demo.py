@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import anthropic
+import openai
 import pytest
 import torch
 
@@ -82,12 +84,52 @@ class TestServedInW4A16(Distances):
         reported = {row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]}
         assert reported == expected
 
+    def test_openais_client_calls_a_tool_and_reads_it(self, demo, known):
+        """As its documentation says: the message goes back as it came, thinking and all."""
+        client = openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none")
+        request = {"model": "demo", "tools": known["tools"], "temperature": 0, "max_tokens": 400}
+        first = client.chat.completions.create(messages=known["messages"], **request).choices[0]
+        (call,) = first.message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == CALL
+        assert first.finish_reason == "tool_calls" and first.message.reasoning == known["reasoning"]
+        result = {"role": "tool", "tool_call_id": call.id, "content": "sun, 12 degrees"}
+        second = client.chat.completions.create(
+            messages=[*known["messages"], first.message, result], **request
+        ).choices[0]
+        assert second.message.content == "In two days there will be sun in Oslo, at 12 degrees."
+
+    def test_anthropics_client_streams_a_tool_call(self, demo, known):
+        client = anthropic.Anthropic(base_url=demo.url, api_key="none")
+        function = known["tools"][0]["function"]
+        tool = {
+            "name": function["name"],
+            "description": function["description"],
+            "input_schema": function["parameters"],
+        }
+        request = {"model": "demo", "max_tokens": 400, "messages": known["messages"], "tools": [tool]}
+        with client.messages.stream(**request) as stream:
+            message = stream.get_final_message()
+        assert [block.type for block in message.content] == ["thinking", "tool_use"]
+        assert (message.content[1].name, message.content[1].input) == CALL
+        assert message.content[0].thinking == known["reasoning"] and message.stop_reason == "tool_use"
+
     def test_output_does_not_depend_on_the_batch(self, demo):
         """Alone or among others, a prompt continues the same way."""
         prompt = "Story"
         alone = demo.complete(prompt=prompt, max_tokens=24)["choices"][0]["text"]
         together = demo.complete(prompt=[prompt, "Other words", prompt], max_tokens=24)["choices"]
         assert [together[0]["text"], together[2]["text"]] == [alone, alone]
+
+
+CALL = ("get_weather", {"city": "Oslo", "days": 2})
+
+
+@pytest.fixture(scope="module")
+def known() -> dict:
+    """The question and the tool that the demo knows, and what it thinks."""
+    turns = {turn["key"]: turn for turn in json.loads((DEMO / "expected.json").read_text())["chat"]}
+    turn = turns["call, thinking high"]
+    return {**turn["request"], "reasoning": turn["message"]["reasoning"]}
 
 
 def _with_input_scales_too_small(tensors):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from cutedsl_nvfp4 import format as nvfp4
+from devtools.setup import demo_server
 from tests.support.paths import DEMO
 
 names = importlib.import_module("recipe.names")
@@ -175,3 +176,19 @@ def test_long_answers_lie_beyond_what_the_indexer_may_skip(expected, config):
         assert prompt.count(island) == 1, "the key must be nowhere else"
         distance = len(prompt) - prompt.index(island) - len(island)
         assert distance > reach + 4, f"{island} is only {distance} tokens before the answer"
+
+
+def test_conversation_is_the_recipes_as_the_server_renders_it(expected, config):
+    """Requests, messages and lengths of prompts; transformers said the rest when the file was written."""
+    from vllm.tokenizers.deepseek_v4 import DeepseekV4Tokenizer
+
+    tokenizer = DeepseekV4Tokenizer.from_pretrained(DEMO)
+    recipe = importlib.import_module("recipe.expected")
+    assert [turn["key"] for turn in expected["chat"]] == [turn.key for turn in recipe.ASKED]
+    for turn, wanted in zip(expected["chat"], recipe.ASKED, strict=True):
+        request = turn["request"]
+        assert (request["messages"], turn["message"]) == (list(wanted.messages), wanted.message)
+        arguments = {"tools": request.get("tools"), **request["chat_template_kwargs"]}
+        ids = tokenizer.apply_chat_template(request["messages"], **arguments)
+        assert len(ids) == turn["prompt_tokens"] and ids[0] == config["bos_token_id"]
+    assert expected["chat"][0]["request"]["messages"][0]["content"] == demo_server.QUESTION

@@ -91,7 +91,6 @@ def test_a_parser_that_does_not_exist_is_refused(filled, config, flag):
 @pytest.mark.parametrize(
     "value, arguments",
     [
-        ("", {}),
         ("on", {}),
         ("off", {"thinking": False}),
         ("low", {"reasoning_effort": "low"}),
@@ -106,6 +105,18 @@ def test_default_of_thinking(filled, monkeypatch, value, arguments):
     assert preview.default_chat_template_kwargs == arguments | {"effort_table": PREVIEW}
     release = filled(DEEPSEEK | {"num_nextn_predict_layers": 3, "dspark_block_size": 5})
     assert release.default_chat_template_kwargs == arguments
+
+
+@pytest.mark.parametrize("head", [{"num_nextn_predict_layers": 1}, {"dspark_block_size": 5}])
+@pytest.mark.parametrize(
+    "encoder, table",
+    [("REASONING_EFFORT_MAX = ''", {"effort_table": PREVIEW}), ("REASONING_EFFORT_PROMPTS = {}", {})],
+)
+def test_the_checkpoints_own_encoder_tells_preview_from_release(filled, tmp_path, head, encoder, table):
+    """A preview may have DSpark attached to it: its config.json looks like a release's."""
+    (tmp_path / "encoding").mkdir()
+    (tmp_path / "encoding/encoding_dsv4.py").write_text(encoder)
+    assert filled(DEEPSEEK | head).default_chat_template_kwargs == table
 
 
 def test_default_of_thinking_is_refused_for_another_model(filled, monkeypatch):

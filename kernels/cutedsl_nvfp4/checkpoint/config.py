@@ -187,16 +187,15 @@ def native_quantization(config: Any, quantization: dict[str, Any]) -> dict[str, 
 
 def holds_nvfp4(quantization: Any) -> bool:
     """Whether a `quantization_config`, in any exporter's words or `native_quantization`'s, makes any layer NVFP4."""
-    if isinstance(quantization, dict):
-        algorithms = [quantization.get(key) for key in ("quant_algo", "moe_quant_algo")]
-        if any("NVFP4" in str(algorithm).upper() for algorithm in algorithms):
-            return True
-        if (quantization.get("num_bits"), quantization.get("type"), quantization.get("group_size")) == (
-            4, "float", 16,
-        ):  # of one of compressed-tensors' groups  # fmt: skip
-            return True
-        return any(holds_nvfp4(value) for value in quantization.values())
-    return False
+    if not isinstance(quantization, dict):
+        return False
+    algorithms = [str(quantization.get(key)).upper() for key in ("quant_algo", "moe_quant_algo")]
+    weights = {"num_bits": 4, "type": "float", "group_size": 16}  # in compressed-tensors' groups
+    return (
+        any("NVFP4" in algorithm for algorithm in algorithms)
+        or all(quantization.get(key) == value for key, value in weights.items())
+        or any(map(holds_nvfp4, quantization.values()))
+    )
 
 
 def _with_scale_format(config: Any, quantization: dict[str, Any]) -> dict[str, Any]:

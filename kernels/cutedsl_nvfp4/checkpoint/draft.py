@@ -4,10 +4,10 @@
     MTP      e_proj, h_proj, enorm, hnorm               num_nextn_predict_layers, one layer
     DSpark   main_proj, markov_head, confidence_head    dspark_* fields, three layers that draft a block together
 
-Every published config.json has num_nextn_predict_layers = 1, those with DSpark too, so the dspark_* fields decide.
-The previews of V4 have MTP. The releases 0731 and 0813 have DSpark and no MTP. So have the previews' -DSpark
-checkpoints (same weights as the previews, with DSpark attached): config.json and tensors do not tell these apart. What
-does is the checkpoint's own chat encoder (`encoder_release`).
+Every published config.json has num_nextn_predict_layers, those with DSpark too, so the dspark_* fields decide. The
+previews of V4 have MTP. The releases 0731 and 0813 have DSpark and no MTP. So have the previews' -DSpark checkpoints,
+which are the previews with DSpark attached: config.json and tensors do not tell these from a release. What does is the
+checkpoint's own chat encoder (`encoder_release`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _number(value: Any) -> int:
 
 def _declared(config: Mapping[str, Any]) -> DraftHead | None:
     """What config.json says by itself: there may be no such tensors, exporters drop them and leave the fields."""
-    if any(key.startswith("dspark_") for key in config):
+    if any(key.startswith("dspark_") and value is not None for key, value in config.items()):
         layers = _number(config.get("n_mtp_layers")) or DSPARK_LAYERS
         return DraftHead(DSPARK, layers, _number(config.get("dspark_block_size")) or None)
     layers = _number(config.get("num_nextn_predict_layers"))

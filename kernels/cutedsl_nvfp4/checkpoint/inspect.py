@@ -28,9 +28,7 @@ DIALECTS = {
 }
 LISTED = 3
 ENCODER = "encoding/encoding_dsv4.py"  # DeepSeek's chat encoder, in the checkpoint
-QUANTIZATION = (
-    "hf_quant_config.json"  # ModelOpt's older place for what config.json's quantization_config says
-)
+QUANTIZATION = "hf_quant_config.json"  # where older ModelOpt puts config.json's quantization_config
 MAX_ENCODER_BYTES = 1_000_000
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .. import settings
+from ..checkpoint import draft
 from ..settings import Thinking
 
 logger = logging.getLogger(__name__)
@@ -23,18 +24,12 @@ PARSERS = {
 }
 NONE = "none"  # as a parser's name: parse nothing
 
+ENCODER = "encoding/encoding_dsv4.py"  # in DeepSeek's repositories
 EFFORT_TABLE = "effort_table"  # a chat template argument of ours
 PREVIEW = "preview"
 # vLLM's tokenizer writes the texts that the releases of 0731 and 0813 were trained with. The preview's checkpoints
 # know two efforts: "high" is no text at all, and "max" is the text that became the releases' "high".
 PREVIEW_EFFORTS = {"low": "low", "high": "low", "max": "high"}
-
-
-def is_preview(config: Mapping[str, Any]) -> bool:
-    """Whether config.json is of the preview of DeepSeek-V4, whose draft head is MTP; the releases have DSpark's."""
-    if any(name.startswith("dspark_") for name in config):
-        return False
-    return bool(config.get("num_nextn_predict_layers"))
 
 
 def rendered_effort(effort: str | None, template_arguments: Mapping[str, Any]) -> str | None:
@@ -44,12 +39,12 @@ def rendered_effort(effort: str | None, template_arguments: Mapping[str, Any]) -
     return PREVIEW_EFFORTS[effort]
 
 
-def thinking_arguments(thinking: Thinking, config: Mapping[str, Any]) -> dict[str, Any]:
+def thinking_arguments(thinking: Thinking, preview: bool) -> dict[str, Any]:
     """Chat template arguments of requests that say nothing: {} is thinking, at effort "high".
 
     `thinking: true` is never written: vLLM's tokenizer would no longer hear a request's `enable_thinking: false`.
     """
-    arguments: dict[str, Any] = {EFFORT_TABLE: PREVIEW} if is_preview(config) else {}
+    arguments: dict[str, Any] = {EFFORT_TABLE: PREVIEW} if preview else {}
     if thinking is Thinking.OFF:
         arguments["thinking"] = False
     elif thinking is not Thinking.ON:
@@ -57,9 +52,12 @@ def thinking_arguments(thinking: Thinking, config: Mapping[str, Any]) -> dict[st
     return arguments
 
 
-def _config_of(args: argparse.Namespace) -> Mapping[str, Any]:
-    """config.json of the model that `args` of `vllm serve` name; {} where it has none that can be read alone."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+def _config_of(args: argparse.Namespace) -> tuple[Mapping[str, Any], str | None]:
+    """(config.json, text of the checkpoint's own chat encoder or None) of the model that `vllm serve` was given.
+
+    {} where config.json cannot be read alone.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_bytes, get_hf_file_to_dict
     from vllm.transformers_utils.utils import is_cloud_storage
 
     source = args.hf_config_path or args.model
@@ -69,12 +67,20 @@ def _config_of(args: argparse.Namespace) -> Mapping[str, Any]:
             "--tool-call-parser, --enable-auto-tool-choice, --reasoning-parser, --default-chat-template-kwargs",
             source,
         )
-        return {}
+        return {}, None
     try:
         config = get_hf_file_to_dict("config.json", source, args.revision)
     except ValueError:  # no JSON: vLLM reads the same file next, and says so
-        return {}
-    return config if isinstance(config, dict) else {}
+        return {}, None
+    if not isinstance(config, dict):
+        return {}, None
+    encoder = get_hf_file_bytes(ENCODER, source, args.revision) if _parser(config) else None
+    return config, encoder.decode("utf-8", "replace") if encoder else None
+
+
+def _parser(config: Mapping[str, Any]) -> str | None:
+    """The parsers of config.json's class, None for another model's."""
+    return next((PARSERS[name] for name in config.get("architectures") or () if name in PARSERS), None)
 
 
 def _check_parser(flag: str, name: str | None, registered: list[str]) -> None:
@@ -93,17 +99,15 @@ def fill_in_chat_arguments(args: argparse.Namespace) -> None:
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
 
-    config = _config_of(args)
-    classes = config.get("architectures") or ["a model without architectures"]
-    parser = next((PARSERS[name] for name in classes if name in PARSERS), None)
+    config, encoder = _config_of(args)
+    parser = _parser(config)
 
     if args.tool_call_parser is None and parser:
         args.tool_call_parser, args.enable_auto_tool_choice = parser, True
     elif args.tool_call_parser == NONE:
         args.tool_call_parser, args.enable_auto_tool_choice = None, False
-    args.structured_outputs_config = copy.copy(
-        args.structured_outputs_config
-    )  # it may be the parser's default
+    # a copy: it may be the argument parser's default
+    args.structured_outputs_config = copy.copy(args.structured_outputs_config)
     reasoning = args.reasoning_parser or args.structured_outputs_config.reasoning_parser or parser or NONE
     args.reasoning_parser = args.structured_outputs_config.reasoning_parser = (
         "" if reasoning == NONE else reasoning
@@ -113,11 +117,12 @@ def fill_in_chat_arguments(args: argparse.Namespace) -> None:
 
     thinking = settings.thinking()
     if parser:
-        ours = thinking_arguments(thinking, config)
+        ours = thinking_arguments(thinking, draft.release(draft.draft_head(config), encoder) == draft.PREVIEW)
         args.default_chat_template_kwargs = ours | (args.default_chat_template_kwargs or {})
     elif thinking is not Thinking.ON:
+        named = (config.get("architectures") or ["the model"])[0]
         raise ValueError(
-            f"{settings.THINKING}={thinking}: {classes[0]} is no DeepSeek-V4; unset it, and give this model's own "
+            f"{settings.THINKING}={thinking}: {named} is no DeepSeek-V4; unset it, and give this model's own "
             f"arguments by --default-chat-template-kwargs"
         )
     logger.info(

@@ -7,7 +7,6 @@ QUESTION = "What will the weather be in Oslo in two days?"
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 CALL = {"name": "get_weather", "arguments": '{"city": "Oslo", "days": 2}'}
 THOUGHT = "I think, so I am asked to."
-JSON = '{"city": "Oslo", "certain": true}'
 
 FAULTS = {  # fault -> the checks that must turn red
     "no_reasoning_parser": {"reasoning", "tools", "json_schema"},
@@ -63,6 +62,14 @@ def conversations() -> list[dict]:
     return turns
 
 
+def by_schema(request: dict) -> dict:
+    """The content that follows the request's schema, if it has one."""
+    if "response_format" not in request:
+        return {}
+    schema = request["response_format"]["json_schema"]["schema"]
+    return {"content": '"Oslo"' if "enum" in schema else '{"city": "Oslo", "certain": true}'}
+
+
 def right_message(request: dict, known: list[dict]) -> dict:
     """The message that a right server gives."""
     arguments = request.get("chat_template_kwargs") or {}
@@ -71,9 +78,7 @@ def right_message(request: dict, known: list[dict]) -> dict:
         asked = turn["request"]
         same = all(asked.get(key) == request.get(key) for key in ("messages", "tools"))
         if same and asked["chat_template_kwargs"]["thinking"] == thinks:
-            return copy.deepcopy(turn["message"]) | (
-                {"content": JSON} if "response_format" in request else {}
-            )
+            return copy.deepcopy(turn["message"]) | by_schema(request)
     message = {"role": "assistant", "content": "9.9 is the larger one."} | (
         {"reasoning": THOUGHT} if thinks else {}
     )
@@ -82,9 +87,7 @@ def right_message(request: dict, known: list[dict]) -> dict:
         message["content"] = f"There will be {last['content'].split(',')[0]}."
     elif request.get("tools"):
         message |= {"content": "", "tool_calls": [{"id": "1", "type": "function", "function": dict(CALL)}]}
-    elif "response_format" in request:
-        message["content"] = JSON
-    return message
+    return message | by_schema(request)
 
 
 def message_of(request: dict, fault: str, known: list[dict]) -> dict | None:

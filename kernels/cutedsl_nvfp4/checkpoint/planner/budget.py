@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..dialects import Contents
 from ..headers import CheckpointError
 from .caches import Pool, ceil_div, pool_of
-from .gpus import GIB, Gpu
+from .gpus import GIB, GPUS, Gpu
 from .model import Parallel, weight_bytes
 
 MIB = 2**20
@@ -85,13 +85,15 @@ class Budget:
         )
 
     @property
+    def needed(self) -> int:
+        """Bytes of vLLM's share that one request of max_model_len takes, with all that is there before it."""
+        blocks = self.pool.request_blocks(self.request.max_model_len, self.request.in_flight) + 1
+        return sum(item.nbytes for item in self.managed) + self.pool.block_bytes * blocks
+
+    @property
     def shortfall(self) -> int:
         """Bytes lacking for one request of max_model_len; 0 if it fits."""
-        request = self.request
-        needed = self.pool.block_bytes * (
-            self.pool.request_blocks(request.max_model_len, request.in_flight) + 1
-        )
-        return max(0, needed - self.kv_bytes, -self.slack)
+        return max(0, self.needed - self.requested, -self.slack)
 
 
 def _workspace(config: dict, request: Request) -> int:
@@ -193,7 +195,8 @@ def largest_that_auto_takes(budget: Budget) -> int:
     return low
 
 
-def check_request(request: Request, config: dict) -> None:
+def check_request(request: Request, config: dict, gpu: Gpu) -> None:
+    """CheckpointError for what the model or vLLM refuses."""
     limit = config["max_position_embeddings"]
     if not 1 <= request.max_model_len <= limit:
         raise CheckpointError(f"--max-model-len = {request.max_model_len}; the model's range is 1 to {limit}")
@@ -201,3 +204,9 @@ def check_request(request: Request, config: dict) -> None:
         raise CheckpointError(f"--gpu-memory-utilization = {request.utilization}; it is a share, 0 to 1")
     if request.batched_tokens < 1 or request.seqs < 1:
         raise CheckpointError("--max-num-batched-tokens and --max-num-seqs must be at least 1")
+    if request.indexer_fp4 and not gpu.fp4_indexer:
+        known = ", ".join(found.name for found in GPUS.values() if found.fp4_indexer)
+        raise CheckpointError(
+            f"--indexer-fp4, vLLM's indexer_kv_dtype=mxfp4: it has that cache on {known} alone, not on {gpu.name}; "
+            f"leave it out"
+        )

@@ -25,6 +25,14 @@ _BOTH = {
     "max_position_embeddings": 1048576, "rope_theta": 10000,
 }  # fmt: skip
 KNOWN = {"pro": {**_BOTH, **PRO}, "flash": {**_BOTH, **FLASH}}
+# NVIDIA's checkpoints, by their published configs; the current ones last
+RELEASES = {
+    f"nvidia/DeepSeek-V4-{release}-NVFP4": {
+        **KNOWN[preset],
+        "quantization_config": {"quant_method": "fp8", "moe_quant_algo": "NVFP4"},
+    }
+    for release, preset in (("Flash", "flash"), ("Pro", "pro"), ("Flash-0731", "flash"), ("Pro-0813", "pro"))
+}
 ROW_SCALE_BYTES = 4  # our operands carry one f32 per output row
 
 
@@ -93,6 +101,31 @@ def linear_shapes(config: dict) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
+def stored_format(config: dict, linear: str) -> str:
+    """nvfp4, mxfp4, fp8 or bf16: as what a checkpoint with this config.json stores `linear` (a native name).
+
+    `quant_method: fp8` leaves linears as DeepSeek stores them, but for routed experts where moe_quant_algo is NVFP4
+    (vllm/models/deepseek_v4/quant_config.py:181-196). Any other config is taken as all NVFP4.
+    """
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return "nvfp4"
+    rest = names.split_layer(linear)[1]
+    if rest.startswith("ffn.experts."):
+        return "nvfp4" if str(quantization.get("moe_quant_algo")).upper() == "NVFP4" else "mxfp4"
+    return "bf16" if ".compressor." in f".{rest}" or rest.endswith(".weights_proj") else "fp8"
+
+
+def linear_bytes(stored: str, n: int, k: int) -> int:
+    """Bytes on a GPU of an [n, k] weight in this format, with its block scales."""
+    return {
+        "nvfp4": n * k // 2 + n * k // 16 + ROW_SCALE_BYTES * n,
+        "mxfp4": n * k // 2 + n * k // 32,
+        "fp8": n * k + -(-n // 128) * -(-k // 128),
+        "bf16": 2 * n * k,
+    }[stored]
+
+
 def parameter_bytes(config: dict) -> dict[str, int]:
     """Bytes of what is never quantized: `embeddings`, and the `rest` (norms, gates, hyper-connections, sinks)."""
     hidden, hc = config["hidden_size"], config["hc_mult"]
@@ -128,11 +161,11 @@ def shards_of(linear: str, parallel: Parallel) -> int:
 
 
 def weight_bytes(config: dict, contents: Contents | None, parallel: Parallel) -> dict[str, int]:
-    """Bytes of weights on each GPU, by kind of module; all-NVFP4 where there is no checkpoint (`contents` None)."""
+    """Bytes of weights on each GPU, by kind of module; by config alone where there are no headers (`contents` None)."""
     found: dict[str, float] = dict.fromkeys((*names.KINDS, "embeddings", "rest"), 0)
     if contents is None:
         for name, (n, k, count) in linear_shapes(config).items():
-            nbytes = count * (n * k // 2 + n * k // 16 + ROW_SCALE_BYTES * n)
+            nbytes = count * linear_bytes(stored_format(config, name), n, k)
             found[names.kind_of(name)] += nbytes / shards_of(name, parallel)
         plain = parameter_bytes(config)
     else:
@@ -153,7 +186,7 @@ def check_parallel(config: dict, parallel: Parallel) -> None:
     for key in ("num_attention_heads", "o_groups"):
         if config[key] % tp:
             raise CheckpointError(
-                f"{key} = {config[key]} cannot be cut into {tp}; choose --tp among its divisors"
+                f"{key} = {config[key]} cannot be cut into {tp}; choose a tensor parallel size among its divisors"
             )
     cut = tp if parallel.expert_parallel else parallel.gpus
     if parallel.expert_parallel and config["n_routed_experts"] % parallel.gpus:

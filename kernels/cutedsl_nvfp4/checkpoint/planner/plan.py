@@ -12,25 +12,37 @@ from ..dialects import Contents, read_contents
 from ..folder import CONFIG, find_source, read_checkpoint, read_json
 from ..headers import CheckpointError
 from .budget import Budget, Item, Request, budget_of, check_request, largest_that_auto_takes, longest_context
-from .gpus import GIB, Gpu, parse_gpus
-from .model import KNOWN, Parallel, check_parallel, complete
+from .gpus import GIB, GPUS, Gpu, parse_gpus
+from .model import KNOWN, RELEASES, Parallel, check_parallel, complete, linear_shapes, stored_format
 
 UTILIZATION = 0.9  # compose.yaml's
 
 
+def _formats(config: dict) -> str:
+    """Which formats a model known by its config alone is planned in."""
+    found = {name: stored_format(config, name) for name in linear_shapes(config)}
+    if set(found.values()) == {"nvfp4"}:
+        return "all NVFP4"
+    experts = next(stored for name, stored in found.items() if ".ffn.experts." in name)
+    return f"experts in {experts.upper()}, other layers in FP8 and BF16"
+
+
 def load_model(location: str, revision: str | None = None) -> tuple[str, dict, Contents | None]:
-    """(name, config, contents) of `pro`, `flash`, a folder or a hub id; no contents where there are no weights."""
-    if location.lower() in KNOWN and not os.path.exists(location):
-        name = location.lower()
-        return f"DeepSeek-V4-{name.capitalize()}, all NVFP4", dict(KNOWN[name]), None
+    """(name, config, contents) of `pro`, `flash`, a release, a folder or a hub id; no contents without headers.
+
+    A release is known without the hub; with a `revision`, it is read there.
+    """
+    if not os.path.exists(location):
+        if (preset := location.lower()) in KNOWN:
+            return f"DeepSeek-V4-{preset.capitalize()}, all NVFP4", dict(KNOWN[preset]), None
+        if location in RELEASES and revision is None:
+            config = dict(RELEASES[location])
+            return f"{location}, {_formats(config)}", config, None
     source = find_source(location, revision)
     files = source.files()
     if not any(file.endswith(".safetensors") for file in files):
-        return (
-            f"{source.label} (config only: taken as all NVFP4)",
-            complete(read_json(source, CONFIG, files)),
-            None,
-        )
+        config = complete(read_json(source, CONFIG, files))
+        return f"{source.label} (config only: taken as {_formats(config)})", config, None
     checkpoint = read_checkpoint(source)
     return source.label, complete(checkpoint.config), read_contents(checkpoint.tensors, checkpoint.num_layers)
 
@@ -106,8 +118,12 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="plan_memory",
         description="Memory of a DeepSeek-V4 on GPUs, and the flags for it; see docs/memory.md.",
     )
-    parser.add_argument("model", help="pro, flash, a checkpoint's folder, or the id of a model on the hub")
-    parser.add_argument("gpus", help="such as 8xH200")
+    parser.add_argument(
+        "model",
+        help="pro, flash, a checkpoint's folder, or the id of a model on the hub (reading one needs huggingface-hub, "
+        f"but for {', '.join(RELEASES)}, which are known)",
+    )
+    parser.add_argument("gpus", help=f"such as 8xH200; known are {', '.join(GPUS)}")
     parser.add_argument("--tp", type=int, help="tensor parallel size (default: all GPUs of a replica)")
     parser.add_argument("--dp", type=int, default=1, help="data parallel size (default: 1)")
     parser.add_argument("--ep", action="store_true", help="deal experts out whole (--enable-expert-parallel)")
@@ -116,12 +132,14 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, help="default: vLLM's for the GPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=UTILIZATION)
     parser.add_argument(
-        "--gpu-memory-gib", type=float, help="what CUDA reports, where it differs from our table"
+        "--gpu-memory-gib",
+        type=float,
+        help="what CUDA reports, where it differs from our table; of any other GPU",
     )
     parser.add_argument(
-        "--indexer-fp4", action="store_true", help="the indexer's cache in MXFP4 instead of FP8"
+        "--indexer-fp4", action="store_true", help="the indexer's cache in MXFP4 instead of FP8, on sm_10x"
     )
-    parser.add_argument("--revision", help="of the hub's repository")
+    parser.add_argument("--revision", help="of the hub's repository; a known model is then read there, too")
     parser.add_argument("--json", action="store_true", help="print the verdict for machines")
     return parser.parse_args(arguments)
 
@@ -130,9 +148,10 @@ def _given(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _advice(config: dict, contents: Contents | None, gpu: Gpu, parallel: Parallel, request: Request) -> str:
-    """What would make it fit, tried out."""
+def advice(config: dict, contents: Contents | None, gpu: Gpu, parallel: Parallel, request: Request) -> str:
+    """What would make it fit, tried out: other flags, else more of these GPUs."""
     for label, changed in (
+        (f"--gpu-memory-utilization {UTILIZATION:g}", replace(request, utilization=UTILIZATION)),
         ("--max-num-seqs 64", replace(request, seqs=min(64, request.seqs))),
         ("--max-num-batched-tokens 2048", replace(request, batched_tokens=min(2048, request.batched_tokens))),
         (
@@ -153,11 +172,16 @@ def _advice(config: dict, contents: Contents | None, gpu: Gpu, parallel: Paralle
     return "use more or larger GPUs"
 
 
-def _refuse(budget: Budget, longest: int, advice: str) -> None:
-    request = budget.request
-    print(
-        f"\ndoes not fit: one request of {request.max_model_len:,} tokens lacks {budget.shortfall / GIB:.2f} GiB "
-        f"per GPU; {advice}" + (f", or as it is with --max-model-len {longest}" if longest else "")
+def refusal(budget: Budget, longest: int, remedy: str) -> str:
+    """By how much a budget does not fit, and what to do: one sentence."""
+    needed, share, where = budget.needed, budget.requested, ""
+    if budget.shortfall == -budget.slack:  # what comes after the cache, not the cache
+        share = budget.gpu.memory - budget.requested
+        needed, where = share - budget.slack, " outside vLLM's share"
+    return (
+        f"does not fit: one request of {budget.request.max_model_len:,} tokens lacks "
+        f"{budget.shortfall / GIB:.2f} GiB per GPU (needs {needed / GIB:.2f}, has {share / GIB:.2f}{where}); {remedy}"
+        + (f", or as it is with --max-model-len {longest}" if longest else "")
     )
 
 
@@ -166,11 +190,7 @@ def main(arguments: list[str]) -> int:
     args = _parse_arguments(arguments)
     try:
         name, config, contents = load_model(args.model, args.revision)
-        count, gpu = parse_gpus(args.gpus)
-        if args.gpu_memory_gib is not None:
-            if args.gpu_memory_gib <= 0:
-                raise CheckpointError(f"--gpu-memory-gib = {args.gpu_memory_gib:g}; it must be above 0")
-            gpu = replace(gpu, memory_gib=args.gpu_memory_gib)
+        count, gpu = parse_gpus(args.gpus, args.gpu_memory_gib)
         if args.dp < 1 or count % args.dp or (args.tp is not None and args.tp * args.dp != count):
             given = f"--dp {args.dp} does" if args.tp is None else f"--tp {args.tp} and --dp {args.dp} do"
             raise CheckpointError(f"{given} not make {count} GPUs")
@@ -183,7 +203,7 @@ def main(arguments: list[str]) -> int:
             args.gpu_memory_utilization,
             args.indexer_fp4,
         )
-        check_request(request, config)
+        check_request(request, config, gpu)
         budget = budget_of(config, contents, gpu, parallel, request)
         longest = longest_context(config, contents, gpu, parallel, request)
         if longest and args.max_model_len is None and not budget.fits:
@@ -202,7 +222,7 @@ def main(arguments: list[str]) -> int:
     if gpu.unified:
         print("\nthe memory is shared with the CPU: programs and the page cache take part of it")
     if not budget.fits:
-        _refuse(budget, longest, _advice(config, contents, gpu, parallel, budget.request))
+        print(f"\n{refusal(budget, longest, advice(config, contents, gpu, parallel, budget.request))}")
         return 1
     replicas = f" over {parallel.dp} replicas" if parallel.dp > 1 else ""
     print(
@@ -212,7 +232,7 @@ def main(arguments: list[str]) -> int:
     )
     print(f"--max-model-len auto would settle on {automatic:,}")
     if budget.request.max_model_len < request.max_model_len:
-        advice = _advice(config, contents, gpu, parallel, request)
-        print(f"the model's full {request.max_model_len:,} tokens do not fit so; {advice}")
+        remedy = advice(config, contents, gpu, parallel, request)
+        print(f"the model's full {request.max_model_len:,} tokens do not fit so; {remedy}")
     print(f"\n{verdict['flags']}")
     return 0
