@@ -8,7 +8,8 @@ from ..checkpoint.config import ARCHITECTURES
 
 MODEL_TYPES = ("deepseek_v4", "deepseek_v41")
 
-_DRAFT = (
+DRAFT = "DeepSeekV4MTPModel"
+_UNTESTED = (
     "its draft layers are loaded past names, divisors and coverage and have not been tested; leave "
     "--speculative-config out"
 )
@@ -18,7 +19,8 @@ REFUSED = {
         "DeepSeek-V4.1 has other layers and names than DeepSeek-V4, which none of our checks knows; serve DeepSeek's "
         "own checkpoint of it, or the NVFP4 one with vLLM's image"
     ),
-    **dict.fromkeys(("DeepSeekV4MTPModel", "DSparkDraftModel", "DSparkV41DraftModel"), _DRAFT),
+    DRAFT: "it is a draft head; serve its target, with --speculative-config",
+    **dict.fromkeys(("DSparkDraftModel", "DSparkV41DraftModel"), _UNTESTED),
 }
 
 
