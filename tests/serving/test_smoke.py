@@ -128,12 +128,15 @@ class FakeServer(socketserver.ThreadingTCPServer):
         return "concurrency" if again and "logprobs" in request else ""
 
     def is_busy(self, crowd: str) -> bool:
-        """Whether another request is in flight; the first one of a crowd waits for the second."""
+        """Whether others were sent together with the request; the first one of a crowd waits for the second.
+
+        Not whether another is in flight: the one before may be, for a moment after its answer was read.
+        """
         with self.arrived:
             if crowd:
                 self.arrived.wait_for(lambda: self.in_flight > 1 or crowd in self.met)
                 self.met.add(crowd)
-            return bool(crowd) or self.in_flight > 1
+        return bool(crowd)
 
     def continuation(self, prompt: str) -> bytes:
         """What the model says after `prompt`, up to the end of its text."""
