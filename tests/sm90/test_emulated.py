@@ -108,12 +108,21 @@ def test_every_tile(monkeypatch, random_weight, config, late):
     assert right(*product(random_weight, config, **ragged(config)))
 
 
-@pytest.mark.parametrize("config", [c for c in shipped() if getattr(c, "tail", 0)], ids=str)
-@pytest.mark.parametrize("tiles", [3, 5, 7])
-def test_waves(monkeypatch, random_weight, config, tiles):
-    """Whole waves, and a last one that is cut into parts or too full for that; several tiles a CTA."""
+def with_tails() -> list[WideTile]:
+    """Of the shipped tiles with a tail the cheapest of each kind, and of two parts or more."""
+    kinds: dict[tuple, WideTile] = {}
+    tails = [config for config in shipped() if getattr(config, "tail", 0)]
+    for config in sorted(tails, key=lambda config: config.tokens, reverse=True):
+        kinds[kind(config), config.tokens > 2 * config.tail] = config
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize("config", with_tails(), ids=str)
+@pytest.mark.parametrize("tiles, last", [(3, "all but a part"), (5, "all but a part"), (5, "one part")])
+def test_waves(monkeypatch, random_weight, config, tiles, last):
+    """Whole waves, and a last one that is cut into parts or not; last tokens that are parts, a tile, or cut."""
     emulated(monkeypatch, 4, True, tiles)
-    m = tiles * config.tokens - config.tail - 5
+    m = tiles * config.tokens - 5 - (config.tail if last == "all but a part" else config.tokens - config.tail)
     assert right(*product(random_weight, config, m, n=64 * config.panels * config.multicast, k=192))
 
 

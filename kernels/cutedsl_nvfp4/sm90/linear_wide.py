@@ -27,7 +27,11 @@ Tiles
     fills the next tile's stages during the epilogue; `ctas_per_sm` = 2 overlaps epilogues instead. With
     `lag` warpgroup p + 1 starts a tile that many stages after p, so that their epilogues do not coincide;
     with `bulk` TMA stores the results and the warpgroup goes on. With `tail` the tiles that fill no whole wave
-    are cut into parts of so many tokens, where that gives every CTA less than a tile.
+    are cut into parts of so many tokens, and the last tokens are parts of their own, where the last CTA is then
+    done earlier.
+Absent tokens
+    A last tile that is not full loads boxes as high as it has tokens, to a quarter of a tile; what the stage has
+    in their place is multiplied, but neither exchanged nor stored. A product's columns do not mix.
 Reduction
     `split_k` CTAs of a cluster share a tile's K and exchange partial sums as linear_narrow.py does: each owns a
     slice of the tokens, adds in ascending k order and stores. Deterministic, no workspace.
