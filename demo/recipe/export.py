@@ -58,28 +58,19 @@ def input_scales(amax: dict[str, float]) -> dict[str, float]:
     """Largest |activation| by input name -> global scale of the input, with headroom, by DeepSeek's name."""
     scales = {}
     for linear, largest in amax.items():
-        scales.update(dict.fromkeys(native_linear_names(linear), input_scale(linear, largest)))
+        if largest <= 0:
+            raise ValueError(
+                f"{linear} saw no activation above 0 on the training texts; its input_scale is unknown"
+            )
+        scale = largest * INPUT_SCALE_HEADROOM / nvfp4.AMAX_PER_GLOBAL_SCALE
+        scales.update(dict.fromkeys(native_linear_names(linear), scale))
     return scales
 
 
-def input_scale(linear: str, largest: float) -> float:
-    """Largest |activation| -> global scale of the input of `linear`, with headroom."""
-    if largest <= 0:
-        raise ValueError(
-            f"{linear} saw no activation above 0 on the training texts; its input_scale is unknown"
-        )
-    return largest * INPUT_SCALE_HEADROOM / nvfp4.AMAX_PER_GLOBAL_SCALE
-
-
 def checkpoint_tensors(model, scales: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint of `model`."""
-    return stored_tensors(names.to_native(model.state_dict()), scales)
-
-
-def stored_tensors(native: dict[str, torch.Tensor], scales: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Tensors under DeepSeek's names as the checkpoint holds them; each linear has its own scale amax / (6 * 448)."""
+    """Every tensor of the checkpoint; each quantized weight has its own global scale amax / (6 * 448)."""
     tensors = {}
-    for name, value in native.items():
+    for name, value in names.to_native(model.state_dict()).items():
         if not names.QUANTIZED.search(name):
             tensors[name] = value.to(names.native_dtype(name))
             continue
@@ -146,8 +137,8 @@ def model_of(tensors: dict[str, torch.Tensor], config: dict = CONFIG):
 
 
 def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint in `folder`, but those of its draft head (recipe/draft.py)."""
-    return {name: value for name, value in load_file(folder / WEIGHTS).items() if not name.startswith("mtp.")}
+    """All tensors of the checkpoint in `folder`."""
+    return load_file(folder / WEIGHTS)
 
 
 def stored_input_scales(tensors: dict[str, torch.Tensor], model) -> dict[str, float]:

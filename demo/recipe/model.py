@@ -115,13 +115,6 @@ def initialised_model(seed: int):
     """
     torch.manual_seed(seed)
     model = empty_model(CONFIG)
-    initialise(model)
-    return model
-
-
-@torch.no_grad()
-def initialise(model) -> None:
-    """Draw the weights of `model`, a whole one or a draft head, from torch's generator."""
     for name, p in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         if "embed_tokens" in name or leaf == "position_bias":
@@ -140,3 +133,4 @@ def initialise(model) -> None:
             buffer.copy_(torch.stack(experts)[:, : CONFIG["num_experts_per_tok"]])
         elif name.endswith("e_score_correction_bias"):
             buffer.normal_(0, 0.3)
+    return model

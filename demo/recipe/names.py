@@ -8,7 +8,7 @@ from cutedsl_nvfp4.checkpoint.names import IN_LAYER, TOP_LEVEL
 
 FROM_TRANSFORMERS = {theirs: native for native, theirs in (TOP_LEVEL | IN_LAYER).items()}
 
-QUANTIZED = re.compile(r"\.(wq_a|wq_b|wkv|wgate|wo_a|wo_b|weights_proj|w1|w2|w3|e_proj|h_proj)\.weight$")
+QUANTIZED = re.compile(r"\.(wq_a|wq_b|wkv|wgate|wo_a|wo_b|weights_proj|w1|w2|w3)\.weight$")
 _KEPT_IN_F32 = re.compile(r"(hc_|attn_sink$|\.ape$|gate\.bias$)")
 _LAYER_TYPES = {
     0: "sliding_attention",

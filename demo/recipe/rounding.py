@@ -22,7 +22,7 @@ def quantized_parameters(model) -> dict[str, torch.nn.Parameter]:
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             return True
         rest = name.split(".", 3)[-1] if name.startswith("model.layers.") else name
-        return bool(QUANTIZED.search("." + FROM_TRANSFORMERS.get(rest, rest)))
+        return bool(QUANTIZED.search("." + FROM_TRANSFORMERS[rest]))
 
     return {name: p for name, p in model.named_parameters() if is_quantized(name)}
 
@@ -38,9 +38,9 @@ def round_weight(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def rounded_weights(model, wanted: bool = True):
-    """Inside, quantized weights are rounded where `wanted`; gradients reach the originals (straight-through)."""
-    parameters = quantized_parameters(model) if wanted else {}
+def rounded_weights(model):
+    """Inside, quantized weights are rounded; gradients reach the originals (straight-through)."""
+    parameters = quantized_parameters(model)
     originals = {name: p.detach().clone() for name, p in parameters.items()}
     with torch.no_grad():
         for name, p in parameters.items():

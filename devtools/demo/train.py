@@ -4,7 +4,6 @@
 devtools/demo/train.py                                            all of it, on the CPU
 devtools/demo/train.py --device cuda --train-only --state FILE    train on a GPU, in two minutes; then
 devtools/demo/train.py --state FILE                               round, write and judge on the CPU
-devtools/demo/train.py --draft                                    train a draft head (MTP) for it, and add that
 """
 
 import argparse
@@ -39,10 +38,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="train nothing; print errors and margins of the texts"
     )
-    parser.add_argument(
-        "--draft", action="store_true", help="train a draft head for the checkpoint, which stays as it is"
-    )
-    parser.add_argument("--draft-steps", type=int, metavar="N", help="of --draft; fewer to try it")
     arguments = parser.parse_args()
     if arguments.train_only and arguments.state is None:
         parser.error("--train-only needs --state FILE, or the training is lost")
@@ -68,21 +63,6 @@ def train_and_export(out: Path, seed: int, state: Path | None) -> None:
     check(out)
     write_expected(export.model_of(tensors), out)
     print(f"{out} written in {time.time() - started:.0f} s")
-
-
-def train_draft(folder: Path, seed: int, steps: int | None) -> None:
-    from recipe import draft, export
-
-    started = time.time()
-    target = export.model_of(export.load_checkpoint(folder))
-    head = draft.learn(target, steps or draft.STEPS, seed, partial(print, flush=True))
-    tensors = draft.stored(head, target)
-    accepted = draft.accepted(target, tensors)
-    print(f"the stored head drafts {accepted:.4f} of the tales' tokens right")
-    if accepted < draft.ACCEPTED and steps is None:
-        raise ValueError(f"{accepted:.4f} is below {draft.ACCEPTED}; train longer or with another seed")
-    draft.add_to(folder, tensors)
-    print(f"{len(tensors)} tensors added to {folder} in {time.time() - started:.0f} s")
 
 
 def check(folder: Path) -> None:
@@ -125,8 +105,6 @@ def main() -> None:
         ablate.table(export.load_checkpoint(arguments.out))
     elif arguments.check:
         check(arguments.out)
-    elif arguments.draft:
-        train_draft(arguments.out, arguments.seed, arguments.draft_steps)
     elif arguments.train_only:
         from recipe import train
 

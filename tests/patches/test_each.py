@@ -27,7 +27,6 @@ from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
-from tests.support.checkpoints import draft, small
 from tests.support.paths import ROOT
 
 K, SEGMENTS = 32, (16, 48)
@@ -448,97 +447,6 @@ def test_fp8_and_mxfp4_need_no_amx(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_bf16: has)
         assert CPUFp8BlockScaledMMKernel.is_supported()[0] is has_bf16
         assert CPUExpertsMxfp4._supports_current_device() is has_bf16
-
-
-def engine_config_on(monkeypatch, *, amx: bool, avx512_bf16: bool, **arguments) -> VllmConfig:
-    """The demo's configuration on a CPU with these instructions."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    return EngineArgs(model=str(ROOT / "demo"), max_model_len=9000, **arguments).create_engine_config()
-
-
-@pytest.mark.parametrize("avx512_bf16", [True, False])
-def test_chunked_prefill_and_prefix_caching_need_no_amx(monkeypatch, avx512_bf16):
-    config = engine_config_on(monkeypatch, amx=False, avx512_bf16=avx512_bf16)
-    assert config.scheduler_config.enable_chunked_prefill is avx512_bf16
-    assert config.cache_config.enable_prefix_caching is avx512_bf16
-
-
-def test_cpu_indexer_takes_one_token_per_row():
-    from vllm.v1.attention.backends.mla.indexer import _supports_native_decode
-
-    assert [_supports_native_decode(tokens) for tokens in (1, 2, 3, 4)] == [True, False, False, False]
-
-
-def test_scheduled_tokens_follow_the_platform(monkeypatch):
-    """Without chunked prefill a prompt is scheduled whole: the budget must hold the longest."""
-    speculation = {"method": "ngram", "num_speculative_tokens": 3}
-    config = engine_config_on(monkeypatch, amx=False, avx512_bf16=False, speculative_config=speculation)
-    assert not config.scheduler_config.enable_chunked_prefill
-    assert config.scheduler_config.max_num_scheduled_tokens == 9000
-
-
-MTP = {"method": "mtp", "num_speculative_tokens": 1}
-
-
-@pytest.fixture
-def drafting(tmp_path):
-    """The demo's configuration under speculation, by the fields of config.json that declare a draft head."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    def configured(**declared) -> VllmConfig:
-        folder = small.write(tmp_path / "model", {}, draft.config(**declared))
-        arguments = EngineArgs(model=str(folder), max_model_len=4096, speculative_config=MTP)
-        return arguments.create_engine_config()
-
-    return configured
-
-
-@pytest.mark.parametrize("declared", [{"num_nextn_predict_layers": 0}, {"dspark_block_size": 5}])
-def test_draft_head_that_is_not_declared_is_refused(drafting, declared):
-    with pytest.raises(ValueError, match=r"--speculative-config \(method 'mtp'\): the checkpoint has"):
-        drafting(**declared)
-
-
-def test_draft_is_built_as_it_is_stored(drafting, monkeypatch):
-    """NVIDIA's class, whose layers need a GPU: the quantization that reaches them."""
-    from vllm.models.deepseek_v4.nvidia import mtp
-
-    from cutedsl_nvfp4.checkpoint.draft import DraftHead
-
-    config = drafting()
-    linears = {"0.e_proj": ("bf16",), "0.attn.wq_b": ("fp8",), "0.ffn.experts": ("mxfp4",)}
-    config.speculative_config.draft_model_config.hf_config.cutedsl_nvfp4_head = DraftHead(
-        "MTP", 1, None, linears
-    )
-    built = mock.Mock(return_value=torch.nn.Module())
-    monkeypatch.setattr(mtp, "DeepSeekV4MultiTokenPredictor", built)
-    model = mtp.DeepSeekV4MTP(vllm_config=config)
-    quantization = built.call_args.kwargs["vllm_config"].quant_config
-    assert model.quant_config is quantization and quantization.get_name() == "deepseek_v4_fp8"
-    assert quantization.ignored_layers == ["model.layers.3.e_proj"]
-    assert config.quant_config.get_name() == "modelopt_fp4"  # the target's is left alone
-    for name in ("mtp.0.e_proj.weight", "model.mtp.0.e_proj.weight", "layers.3.e_proj.weight"):
-        assert not model.is_unused_checkpoint_weight(name)
-    assert model.is_unused_checkpoint_weight("layers.2.attn.wq_b.weight")
-
-
-def test_mtp_drafts_on_the_cpu(drafting):
-    from vllm.models.deepseek_v4 import DeepSeekV4MTP
-
-    from cutedsl_nvfp4.checkpoint.draft import DraftHead
-
-    config = drafting()
-    linears = {"0.attn.wq_b": ("nvfp4",), "0.ffn.experts": ("nvfp4",)}
-    config.speculative_config.draft_model_config.hf_config.cutedsl_nvfp4_head = DraftHead(
-        "MTP", 1, None, linears
-    )
-    with set_current_vllm_config(config), mock.patch("torch.cuda.Event"):
-        model = DeepSeekV4MTP(vllm_config=config)
-    (layer,) = model.model.layers.values()
-    assert type(layer.mtp_block.attn.wq_b.quant_method.kernel) is CuTeDSLNvFp4LinearKernel
 
 
 def test_chat_arguments_follow_from_the_model(monkeypatch):

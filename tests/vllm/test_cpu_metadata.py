@@ -206,43 +206,12 @@ def test_prefill_chunk_metadata(batch, ratio, start, width, own_row_starts):
     assert [output.tolist() for output in outputs] == list(expected)
 
 
-# --- one row per token of a decode with several tokens per request ---
-
-
-def uniform_decode_loop(seq_lens, block_table, max_decode_len, decode_seq_lens, expanded, decode_lens):
-    for row in range(len(seq_lens) * max_decode_len):
-        request, offset = row // max_decode_len, row % max_decode_len
-        decode_seq_lens[row] = max(seq_lens[request] - max_decode_len + offset + 1, 0)
-        for column in range(len(expanded[row])):
-            expanded[row][column] = block_table[request][column]
-        decode_lens[row] = 1
-    return decode_seq_lens, expanded, decode_lens
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(0, 40), min_size=1, max_size=6),
-    st.integers(1, 5),
-    st.integers(1, 7),
-    st.integers(0, 3),
-)
-def test_uniform_decode(seq_lens, max_decode_len, width, wider):
-    """Requests of no tokens are padding; vLLM's block table may be wider than the buffer for its rows."""
-    block_table = torch.arange(len(seq_lens) * (width + wider), dtype=torch.int32).view(len(seq_lens), -1)
-    rows = len(seq_lens) * max_decode_len + 2
-    outputs = [torch.full(shape, UNTOUCHED, dtype=torch.int32) for shape in ((rows,), (rows, width), (rows,))]
-    expected = uniform_decode_loop(
-        seq_lens, block_table.tolist(), max_decode_len, *(output.tolist() for output in outputs)
-    )
-    kernel("PrepareUniformDecode")(
-        seq_lens_ptr=int32(seq_lens), decode_seq_lens_ptr=outputs[0], block_table_ptr=block_table,
-        block_table_stride=block_table.stride(0), expanded_block_table_ptr=outputs[1],
-        expanded_bt_stride=width, decode_lens_ptr=outputs[2], max_decode_len=max_decode_len, BLOCK_SIZE=1024,
-    )  # fmt: skip
-    assert [output.tolist() for output in outputs] == list(expected)
-
-
 # --- what the CPU refuses, and what it need not compute ---
+
+
+def test_several_decode_tokens_are_refused():
+    with pytest.raises(RuntimeError, match=r"speculative decoding.* not supported on the CPU"):
+        kernel("PrepareUniformDecode")(None, None, None, 0, None, 0, None, 2)
 
 
 @pytest.mark.parametrize(

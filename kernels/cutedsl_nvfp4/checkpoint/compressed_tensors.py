@@ -114,12 +114,14 @@ def _e8m0(scale: torch.Tensor, name: str) -> torch.Tensor:
 def as_native(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor) pairs as vLLM reads them, with divisors inverted and FP8 scales in e8m0.
 
-    Raises ValueError naming the tensor for a divisor that is not finite and positive, or an FP8 scale that e8m0 cannot
-    hold.
+    Draft layers pass as they are: the served model leaves them out. Raises ValueError naming the tensor for a divisor
+    that is not finite and positive, or an FP8 scale that e8m0 cannot hold.
     """
     for name, tensor in weights:
         layer, _, leaf = name.rpartition(".")
-        if leaf in (WEIGHT_DIVISOR, INPUT_DIVISOR):
+        if "mtp." in name:
+            pass
+        elif leaf in (WEIGHT_DIVISOR, INPUT_DIVISOR):
             try:
                 tensor = global_scale_from_divisor(tensor)
             except ValueError as error:

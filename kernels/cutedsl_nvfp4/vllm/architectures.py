@@ -8,8 +8,7 @@ from ..checkpoint.config import ARCHITECTURES
 
 MODEL_TYPES = ("deepseek_v4", "deepseek_v41")
 
-DRAFT = "DeepSeekV4MTPModel"
-_UNTESTED = (
+_DRAFT = (
     "its draft layers are loaded past names, divisors and coverage and have not been tested; leave "
     "--speculative-config out"
 )
@@ -19,8 +18,7 @@ REFUSED = {
         "DeepSeek-V4.1 has other layers and names than DeepSeek-V4, which none of our checks knows; serve DeepSeek's "
         "own checkpoint of it, or the NVFP4 one with vLLM's image"
     ),
-    DRAFT: "it is a draft head; serve its target, with --speculative-config",
-    **dict.fromkeys(("DSparkDraftModel", "DSparkV41DraftModel"), _UNTESTED),
+    **dict.fromkeys(("DeepSeekV4MTPModel", "DSparkDraftModel", "DSparkV41DraftModel"), _DRAFT),
 }
 
 

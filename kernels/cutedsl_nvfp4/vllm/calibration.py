@@ -10,29 +10,27 @@ from ..checkpoint.layers import EXPERTS, linears_in
 from ..checkpoint.names import native_name
 from ..format import AMAX_PER_GLOBAL_SCALE
 from .backend import W2_INPUT
-from .draft import checkpoint_name
 from .warmup import fold_in_twins, static_layers
 
 START_METHOD, STOP_METHOD = "cutedsl_nvfp4_start_calibration", "cutedsl_nvfp4_stop_calibration"
 
 
 def start_calibration(worker) -> None:
-    device = next(worker.get_model().parameters()).device
-    for _, _, scales in static_layers(worker):
-        scales.start_observing(device)
+    model = worker.get_model()
+    for _, _, scales in static_layers(model):
+        scales.start_observing(next(model.parameters()).device)
 
 
 def stop_calibration(worker) -> dict[str, float]:
     """{DeepSeek's name of a linear: amax / (6 * 448) of its input, 0.0 where nothing reached it} of this rank."""
-    layers = static_layers(worker)
-    num_layers = worker.get_model().config.num_hidden_layers
+    layers = static_layers(worker.get_model())
     fold_in_twins(layers)
     found: dict[str, float] = {}
     for path, module, scales in layers:
         assert scales.observed is not None, f"{path}: calibration was not started"
         seen = [(amax / AMAX_PER_GLOBAL_SCALE).tolist() for amax in scales.observed]
         scales.observed = None
-        name = checkpoint_name(path, num_layers) or re.sub(r"^.*?(?=layers\.\d)", "", native_name(path))
+        name = re.sub(r"^.*?(?=layers\.\d)", "", native_name(path))
         if W2_INPUT in scales.inputs:
             layer = name[: name.index(f".{EXPERTS}")]
             for expert, w2 in zip(_global_ids(module, len(seen[1])), seen[1], strict=True):

@@ -20,7 +20,6 @@ from ..checkpoint.files import StoredTensor, check_whole_parameters, gather, rea
 from ..checkpoint.layers import FUSED
 from ..checkpoint.names import draft_index, listed
 from .architectures import is_checked
-from .draft import DraftNames, check_head, draft_weights, is_draft, is_shared
 
 # Parameters whose tensors a checkpoint need not have, and tensors that may stay unread: name pattern and why.
 # Experts of other ranks are not among the latter: by name they have a place on every rank.
@@ -134,18 +133,19 @@ def check_coverage(names: set[str], parameters: set[str], mapper, num_experts: i
 
 
 def _is_drafted(model: Module) -> Callable[[str], bool]:
-    """Whether a tensor's name is one of the draft layers that the config.json of target `model` declares."""
+    """Whether a tensor's name is one of the draft layers that `model`'s config.json declares, counted as its layers.
+
+    vLLM's model classes know `mtp.{i}` alone and leave that out themselves.
+    """
     head = draft_head(vars(model.config))
     layers = range(head.layers if head is not None else 0)
-    return lambda name: draft_index(name, model.config.num_hidden_layers) in layers
+    return lambda name: "mtp." not in name and draft_index(name, model.config.num_hidden_layers) in layers
 
 
 def native_weights(
     model: Module, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) pairs as a loader reads them -> as `model` takes them: a DeepSeek-V4 `as_native`, others as is."""
-    if is_draft(model):
-        return as_native(draft_weights(model, weights))
     if not is_checked(model):
         return iter(weights)
     is_drafted = _is_drafted(model)
@@ -157,7 +157,7 @@ def check_weight_coverage(model: Module, files: list[str]) -> None:
 
     Raises ValueError for files without headers too, where the model has NVFP4 layers.
     """
-    if not is_checked(model) and not is_draft(model):
+    if not is_checked(model):
         return
     pickles = [str(file) for file in files if not str(file).endswith(".safetensors")]
     if not pickles:
@@ -175,7 +175,7 @@ def check_streamed(model: Module, files: list[str], headers: dict) -> None:
     `headers` are the streamer's: {position in `files`: of each tensor its name, dtype (safetensors' word) and shape}.
     Of files in object storage there is nothing else; local ones are read as every other loader's.
     """
-    if not is_checked(model) and not is_draft(model):
+    if not is_checked(model):
         return
     if all(map(os.path.isfile, files)):
         check_stored(model, read_checkpoint(files))
@@ -189,28 +189,16 @@ def check_streamed(model: Module, files: list[str], headers: dict) -> None:
 
 
 def check_stored(model: Module, tensors: dict[str, StoredTensor]) -> None:
-    """Raise ValueError where a checkpoint's `tensors` do not fit a DeepSeek-V4 `model`, by name, dtype and shape.
-
-    The model is a target, whose draft head is checked with it where one was asked for, or a draft.
-    """
-    from vllm.config import get_current_vllm_config_or_none
+    """Raise ValueError where a checkpoint's `tensors` do not fit a DeepSeek-V4 `model`, by name, dtype and shape."""
     from vllm.distributed import get_tensor_model_parallel_world_size
     from vllm.model_executor.models.utils import is_pp_missing_parameter
 
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.numel()}
-    if is_draft(model):
-        mapper = DraftNames(model.config.num_hidden_layers)
-        tensors = {name: tensor for name, tensor in tensors.items() if mapper.apply_list([name])}
-        parameters = {name: parameter for name, parameter in parameters.items() if not is_shared(name)}
-    else:
-        mapper, is_drafted = model.hf_to_vllm_mapper, _is_drafted(model)
-        vllm_config = get_current_vllm_config_or_none()
-        check_head(model.config, tensors, vllm_config.speculative_config if vllm_config is not None else None)
-        tensors = {name: tensor for name, tensor in tensors.items() if not is_drafted(name)}
+    is_drafted = _is_drafted(model)
     check_coverage(
-        set(tensors),
+        {name for name in tensors if not is_drafted(name)},
         set(parameters),
-        mapper,
+        model.hf_to_vllm_mapper,
         model.config.n_routed_experts,
         lambda name: is_pp_missing_parameter(name, model),
     )
@@ -222,7 +210,7 @@ def check_stored(model: Module, tensors: dict[str, StoredTensor]) -> None:
     }
 
     def parameter_of(name: str) -> tuple[Parameter, tuple[int, ...]] | None:
-        mapped = mapper.apply_list([name])
+        mapped = model.hf_to_vllm_mapper.apply_list([name])
         place = _place(mapped[0], names) if mapped else None
         if place is None or place[1]:
             return None

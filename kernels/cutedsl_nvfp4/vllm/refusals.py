@@ -12,36 +12,6 @@ from ..family import Layout
 from . import architectures, load_formats
 from .cpu import operators as cpu_operators
 
-# methods of --speculative-config, as vLLM 0.32.0 has them -> why NVFP4 targets do not serve them; None: they do.
-# vLLM renames every model's own MTP (deepseek_mtp, ...) to mtp.
-SPECULATION = {
-    "ngram": None,
-    "ngram_gpu": None,
-    "mtp": None,
-    **dict.fromkeys(
-        (
-            "custom_class",
-            "dflash",
-            "draft_model",
-            "dspark",
-            "eagle",
-            "eagle3",
-            "extract_hidden_states",
-            "medusa",
-            "mlp_speculator",
-            "suffix",
-        ),
-        "not tested with NVFP4 targets",
-    ),
-}
-
-
-def _refused_speculation(method: str | None) -> str | None:
-    """Why `method` is refused; None where it is served."""
-    reason = SPECULATION.get(method, "unknown to this build")
-    served = ", ".join(name for name, refused in SPECULATION.items() if refused is None)
-    return reason and f"{reason}; use one of {served}, or leave it out"
-
 
 def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | None) -> None:
     """Raise ValueError naming the option, why it cannot work with `kernel`, and what to do instead."""
@@ -57,9 +27,11 @@ def refuse_unsupported(vllm_config: VllmConfig, kernel: str, layout: Layout | No
         )
     if vllm_config.model_config is not None and vllm_config.model_config.enable_sleep_mode:
         reasons.append("--enable-sleep-mode: waking up prepared operands has not been tested; leave it off")
-    speculative = vllm_config.speculative_config
-    if speculative is not None and (reason := _refused_speculation(speculative.method)):
-        reasons.append(f"--speculative-config (method {speculative.method!r}): {reason}")
+    if vllm_config.speculative_config is not None:
+        reasons.append(
+            f"--speculative-config (method {vllm_config.speculative_config.method!r}): the draft layers of "
+            "DeepSeek-V4 NVFP4 checkpoints are not NVFP4 and have not been tested; leave it out"
+        )
     if vllm_config.weight_transfer_config is not None:
         reasons.append(
             "--weight-transfer-config: weights sent to a running server would be written over prepared operands; "
@@ -121,7 +93,7 @@ def refuse_unchecked(vllm_config: VllmConfig) -> None:
         )
     speculative = vllm_config.speculative_config
     draft = speculative.draft_model_config if speculative is not None else None
-    if draft is not None and draft.architecture in architectures.REFUSED.keys() - {architectures.DRAFT}:
+    if draft is not None and draft.architecture in architectures.REFUSED:
         reasons.append(
             f"--speculative-config (method {speculative.method!r}, architecture {draft.architecture}): "
             f"{architectures.REFUSED[draft.architecture]}"

@@ -10,7 +10,6 @@ from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 
 from .. import __version__, support
 from .backend import current_support
-from .draft import named_modules, served_models
 from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel, DequantizedGroupedLinearKernel
 
@@ -45,10 +44,10 @@ def _activations(module: Module, kernel: object) -> str:
     return f"nvfp4:{module.act_scales.policy.value}"
 
 
-def collect(model: Module, *drafts: Module) -> dict:
-    """The report of one rank: versions, device, activation formats, and a row per NVFP4 layer of all models."""
+def collect(model: Module) -> dict:
+    """The report of one rank: versions, device, activation formats, and a row per NVFP4 layer of `model`."""
     rows, activations = [], Counter()
-    for name, module in named_modules((model, *drafts)):
+    for name, module in model.named_modules():
         quant_method = getattr(module, "quant_method", None)
         kernel = getattr(quant_method, "kernel", None)
         if isinstance(kernel, NvFp4LinearKernel):
@@ -76,4 +75,4 @@ def collect(model: Module, *drafts: Module) -> dict:
 
 def worker_report(worker) -> dict:
     """The report of `worker`'s rank; callable by name through collective_rpc."""
-    return collect(*served_models(worker))
+    return collect(worker.get_model())

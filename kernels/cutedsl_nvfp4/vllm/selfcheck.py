@@ -14,7 +14,6 @@ from ..family import Layout
 from ..prepare import PreparedExperts, PreparedLinear
 from ..selfcheck import report
 from ..selfcheck.products import ExpertsLayer, Layer, LinearLayer, SelfCheckFailed
-from .draft import named_modules, served_models
 from .experts import CuTeDSLNvFp4Experts
 from .linear import CuTeDSLNvFp4LinearKernel
 
@@ -45,10 +44,10 @@ def _experts(name: str, module: Module, kernel: CuTeDSLNvFp4Experts) -> ExpertsL
     )  # fmt: skip
 
 
-def _layers(*models: Module) -> list[Layer]:
-    """The models' layers that a GPU kernel of ours serves."""
+def _layers(model: Module) -> list[Layer]:
+    """The model's layers that a GPU kernel of ours serves."""
     layers: list[Layer] = []
-    for name, module in named_modules(models):
+    for name, module in model.named_modules():
         quant_method = getattr(module, "quant_method", None)
         kernel = getattr(quant_method, "kernel", None)
         experts = getattr(getattr(quant_method, "moe_kernel", None), "fused_experts", None)
@@ -71,12 +70,12 @@ def _agree(failure: str | None) -> list[str]:
 
 @torch.inference_mode()
 def check_kernels(worker, check=report.check) -> None:
-    """Check what serves `worker`'s model and its draft, and note the verdict on the model, for GET /kernels.
+    """Check what serves `worker`'s model and note the verdict on the model, for GET /kernels.
 
     Raises SelfCheckFailed, on every rank if it failed on one. `check` does both stages.
     """
-    models = served_models(worker)
-    layers = _layers(*models)
+    model = worker.get_model()
+    layers = _layers(model)
     noted, failure = {"verdict": "nothing to check: no GPU kernel of ours serves here"}, None
     if layers and settings.self_check() is settings.SelfCheck.OFF:
         logger.warning(
@@ -98,5 +97,5 @@ def check_kernels(worker, check=report.check) -> None:
             "Nothing is served from it. Report this; --linear-backend NAME, or for experts --moe-backend NAME (such as "
             "humming), serves with a kernel of vLLM's meanwhile"
         ) from failure
-    models[0].nvfp4_self_check = noted
+    model.nvfp4_self_check = noted
     logger.info("NVFP4 self-check: %s", noted)

@@ -17,7 +17,6 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheSpec, UniformT
 from ..activation_scale import ActivationScales
 from ..settings import ActivationScale
 from .backend import INPUT, W2_INPUT, W13_INPUT
-from .draft import named_modules, served_models
 
 logger = init_logger(__name__)
 
@@ -41,10 +40,9 @@ Le port est calme ce soir. Der Leuchtturm blinkt alle zehn Sekunden. 潮水在�
 """
 
 
-def static_layers(worker) -> list[tuple[str, Module, ActivationScales]]:
-    """(path, layer, scales) of `worker`'s layers whose activation scales are static: they can be observed."""
-    modules = named_modules(served_models(worker))
-    found = [(path, module, getattr(module, "act_scales", None)) for path, module in modules]
+def static_layers(model: Module) -> list[tuple[str, Module, ActivationScales]]:
+    """(path, layer, scales) of the layers whose activation scales are static: they can be observed."""
+    found = [(path, module, getattr(module, "act_scales", None)) for path, module in model.named_modules()]
     return [
         (path, module, scales)
         for path, module, scales in found
@@ -114,14 +112,15 @@ def _prefill(worker) -> None:
 
 @torch.inference_mode()
 def settle_activation_scales(worker) -> None:
-    """Measure every static activation scale of `worker`'s model and its draft and fix it; a no-op under W4A16.
+    """Measure every static activation scale of `worker`'s model and fix it; a no-op under W4A16.
 
     Raises ValueError naming the layer where a scale cannot be settled (activation_scale.py).
     """
-    layers = static_layers(worker)
+    model = worker.get_model()
+    layers = static_layers(model)
     if not layers:
         return
-    device = next(worker.get_model().parameters()).device
+    device = next(model.parameters()).device
     for _, _, scales in layers:
         scales.start_observing(device)
     _prefill(worker)

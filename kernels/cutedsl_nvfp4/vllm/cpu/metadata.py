@@ -85,12 +85,7 @@ def _prepare_uniform_decode(
     seq_lens_ptr, decode_seq_lens_ptr, block_table_ptr, block_table_stride, expanded_block_table_ptr,
     expanded_bt_stride, decode_lens_ptr, max_decode_len, BLOCK_SIZE=None,
 ):  # fmt: skip
-    offset = torch.arange(max_decode_len, dtype=seq_lens_ptr.dtype)
-    per_token = (seq_lens_ptr.unsqueeze(1) - max_decode_len + offset + 1).clamp(min=0).flatten()
-    tokens, width = len(per_token), expanded_block_table_ptr.shape[1]
-    decode_seq_lens_ptr[:tokens] = per_token
-    expanded_block_table_ptr[:tokens] = block_table_ptr[:, :width].repeat_interleave(max_decode_len, 0)
-    decode_lens_ptr[:tokens] = 1
+    raise RuntimeError("several tokens per decode step (speculative decoding) are not supported on the CPU")
 
 
 def metadata_kernels() -> dict[str, Callable[..., None]]:
