@@ -1,9 +1,11 @@
 # The front door: `make help`. Settings: PYTHON (to build .venv on), PORT, BASE_URL, VERSION, TARGET, IMAGE, JOBS, MODEL,
-# GPUS, RECIPE, CHECK, ARGS.
+# GPUS, RECIPE, CHECK, SPECULATE, ARGS.
 
 PYTHON   ?= python3
 PORT     ?= 8000
 JOBS     ?= 2
+# how many tokens the demo's draft head drafts
+SPECULATE ?= 0
 BASE_URL ?= http://127.0.0.1:$(PORT)
 VENV     := .venv/bin
 
@@ -35,8 +37,8 @@ READER = $(or $(wildcard $(VENV)/python),$(PYTHON))
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the background
-	@$(PYTHON) devtools/setup/demo_server.py start --port $(PORT)
+demo: setup  ## serve the demo model on the CPU at 127.0.0.1:PORT, in the background; SPECULATE=1: with its draft head
+	@$(PYTHON) devtools/setup/demo_server.py start --port $(PORT) --speculate $(SPECULATE)
 
 build:  ## build the image IMAGE:TARGET, TARGET being gpu (default) or cpu; ARGS go to docker buildx bake
 	@arguments=$$($(PYTHON) devtools/image/arguments.py) && env $$arguments IMAGE=$(IMAGE) docker buildx bake -f docker-bake.hcl $(ARGS) $(TARGET)

@@ -78,9 +78,9 @@ def train_draft(folder: Path, seed: int, steps: int | None) -> None:
     head = draft.learn(target, steps or draft.STEPS, seed, partial(print, flush=True))
     tensors = draft.stored(head, target)
     accepted = draft.accepted(target, tensors)
-    print(f"the stored head drafts {accepted:.4f} of the tales' tokens right")
-    if accepted < draft.ACCEPTED and steps is None:
-        raise ValueError(f"{accepted:.4f} is below {draft.ACCEPTED}; train longer or with another seed")
+    print("; ".join(f"{kind}: {share:.4f} of the tokens drafted right" for kind, share in accepted.items()))
+    if steps is None and min(accepted.values()) < draft.ACCEPTED:
+        raise ValueError(f"{accepted} is below {draft.ACCEPTED}; train longer or with another seed")
     draft.add_to(folder, tensors)
     print(f"{len(tensors)} tensors added to {folder} in {time.time() - started:.0f} s")
 

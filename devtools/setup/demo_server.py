@@ -47,19 +47,21 @@ class DemoFailed(Exception):
     """The demo cannot be started or stopped; the message names the reason and the remedy."""
 
 
-def server_command(root: Path, host: str, port: int) -> list[str]:
+def server_command(root: Path, host: str, port: int, drafted: int = 0) -> list[str]:
     vllm, model = root / ".venv" / "bin" / "vllm", root / "demo"
     if not vllm.exists():
         raise DemoFailed(f"{vllm} does not exist; run devtools/setup/setup_env.py (`make demo` does)")
     for name in ("config.json", "expected.json"):
         if not (model / name).is_file():
             raise DemoFailed(f"{model / name} is missing; get it from git, or make it with `make train-demo`")
+    speculation = {"method": "mtp", "num_speculative_tokens": drafted}
     return [
         str(vllm), "serve", str(model),
         "--served-model-name", MODEL_NAME,
         "--host", host,
         "--port", str(port),
         "--max-model-len", str(CONTEXT_TOKENS),
+        *(("--speculative-config", json.dumps(speculation)) if drafted else ()),
     ]  # fmt: skip
 
 
@@ -266,7 +268,7 @@ def start(server: DemoServer, args: argparse.Namespace) -> None:
             f"the demo server is already running (pid {state['pid']}) at {state['url']}; `make down` stops it"
         )
         return
-    command = server_command(PROJECT_ROOT, args.host, args.port)
+    command = server_command(PROJECT_ROOT, args.host, args.port, args.speculate)
     if not machine.report(machine.serve_findings(args.host, args.port)):
         raise DemoFailed("something is missing (above); nothing was started")
     server.launch(command, url, {**os.environ, **SERVER_ENVIRONMENT})
@@ -316,8 +318,17 @@ def main(argv: list[str] | None = None, stop_seconds: float = STOP_SECONDS) -> i
     parser.add_argument(
         "--port", type=int, default=int(os.environ.get("PORT") or 8000), help="default: $PORT or 8000"
     )
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens that the demo's draft head drafts; default: none",
+    )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="to wait until ready")
     args = parser.parse_args(argv)
+    if args.speculate < 0:
+        parser.error(f"--speculate {args.speculate}: a number of tokens, 0 for none")
     server = DemoServer(PROJECT_ROOT / ".demo", stop_seconds)
     try:
         if args.action == "start":

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from smoke import chat, demo, kernels, language, protocol
+from smoke import chat, demo, kernels, language, protocol, speculation
 from smoke.client import Address, Client
 from smoke.run import Run, Subject
 from smoke.verdicts import CannotRun, Red, Skipped, TimedOut
@@ -65,6 +65,12 @@ CHECKS = (
     Check("messages", chat.messages, DIRECTLY, 2),
     Check("metrics", kernels.metrics, "was the server started with --disable-log-stats?"),
     Check("kernels", kernels.kernels, "the report or the metric is wrong: look at the server's start-up log"),
+    Check(
+        "speculation",
+        speculation.speculation,
+        "the draft head, or how its drafts are verified: see the log",
+        5,
+    ),
     Check("demo_text", demo.demo_text, REFERENCE, 5),
     Check("demo_logprobs", demo.demo_logprobs, REFERENCE, 5),
     Check("bad_requests", protocol.bad_requests, DIRECTLY, 2),  # last: it may end the server

@@ -14,6 +14,7 @@ from tests.support.faults.checkpoint import FAULTS, plant
 from tests.support.parity.distances import Distances, Parity, Prompts, measure
 from tests.support.paths import DEMO
 from tests.support.servers.vllm import LOGPROB_CHECKS, OURS_CHECKS, TEXT_CHECKS, Server, ServerDied, red
+from tests.support.speculation import Speculation
 
 pytestmark = pytest.mark.serving
 
@@ -36,8 +37,32 @@ def demo_prompts() -> dict[int, Prompts]:
     }
 
 
+def served_layers(drafts: bool) -> set[str]:
+    """vLLM's names of the NVFP4 layers, from the checkpoint itself, so that one missing from a report is noticed."""
+    from safetensors import safe_open
+
+    with safe_open(DEMO / "model.safetensors", "pt") as tensors:
+        names = list(tensors.keys())
+    fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
+             "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
+    served = set()
+    for layer in (name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")):
+        if layer.startswith("mtp.") and not drafts:
+            continue
+        layer = re.sub(r"^mtp\.0\.(?=[eh]_proj)", "layers.3.", layer)
+        layer = layer.replace("mtp.0.", "layers.3.mtp_block.")
+        parent, _, leaf = layer.rpartition(".")
+        if ".ffn.experts." in layer:
+            served.add("model." + layer.split(".experts.")[0] + ".experts")
+        elif parent.endswith("compressor"):
+            served.add(f"model.{parent}.fused_wkv_wgate")
+        else:
+            served.add(f"model.{parent}.{fused.get(leaf, leaf)}")
+    return served
+
+
 @pytest.mark.xdist_group("demo")
-class TestServedInW4A16(Distances):
+class TestServedInW4A16(Distances, Speculation):
     """One server for all of it: an idle one takes a quarter of a core. Trained weights, top-k routers."""
 
     mean_bar = 0.06
@@ -57,32 +82,12 @@ class TestServedInW4A16(Distances):
         report = demo.smoke_test("--require-ours")
         assert report["status"] == 0, red(report)
 
-    def test_every_nvfp4_layer_is_served_by_ours(self, demo):
-        """Counted from the checkpoint itself, so that a layer missing from the report is noticed."""
-        from safetensors import safe_open
-
-        quantized = set()
-        for file in DEMO.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                quantized |= {
-                    name.removesuffix(".weight_scale")
-                    for name in tensors.keys()  # not a dict  # noqa: SIM118
-                    if name.endswith(".weight_scale")
-                }
-        fused = {"wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv", "wgate": "fused_wkv_wgate", "w1": "gate_up_proj",
-                 "w3": "gate_up_proj", "w2": "down_proj"}  # fmt: skip
-        expected = set()
-        for layer in quantized:
-            parent, _, leaf = layer.rpartition(".")
-            if ".ffn.experts." in layer:
-                expected.add("model." + layer.split(".experts.")[0] + ".experts")
-            elif parent.endswith("compressor"):
-                expected.add(f"model.{parent}.fused_wkv_wgate")
-            else:
-                expected.add(f"model.{parent}.{fused.get(leaf, leaf)}")
-        rows = demo.get("/kernels")["layers"]
-        reported = {row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]}
-        assert reported == expected
+    def test_every_nvfp4_layer_is_served_by_ours(self, demo, drafting):
+        """The draft's where there is one."""
+        for server, drafts in ((demo, False), (drafting, True)):
+            rows = server.get("/kernels")["layers"]
+            reported = [row["name"].removesuffix(".routed_experts") for row in rows if row["ours"]]
+            assert sorted(reported) == sorted(served_layers(drafts))
 
     def test_openais_client_calls_a_tool_and_reads_it(self, demo, known):
         """As its documentation says: the message goes back as it came, thinking and all."""

@@ -50,6 +50,13 @@ class TestServedFromPreparedOperands:
         assert check["verdict"] == "passed" and check["layers"] == len(report["layers"])
         assert served["before"]["linear"] > 0 and served["before"]["experts"] > 0
 
+    def test_the_draft_head_drafts_from_prepared_operands(self, served):
+        assert served["report"]["draft"] == "DeepSeekV4MTP" and served["accepted"] >= 0.9
+        drafting = [
+            row["name"] for row in served["report"]["layers"] if row["name"].startswith("model.layers.3.")
+        ]
+        assert len(drafting) == 9
+
     def test_activations_are_what_the_family_multiplies(self, served):
         assert served["report"]["activations"] == served["activations"]
 

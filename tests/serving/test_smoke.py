@@ -90,6 +90,7 @@ class FakeServer(socketserver.ThreadingTCPServer):
         self.activations = settings.pop("activations", "bf16")
         self.logprob_error = settings.pop("logprob_error", 0.01)
         self.api_key = settings.pop("api_key", "")
+        self.speculates = settings.pop("speculates", "")  # "ngram", or the class of a draft head
         assert not settings, settings
         self.layers = [dict(layer) for layer in LAYERS]
         if fault.startswith("foreign"):
@@ -218,6 +219,7 @@ class Handler(BaseHTTPRequestHandler):
             verdict = "off" if fault == "self_check_off" else "passed"
             report = {"activations": server.activations, "layers": layers, "summary": dict(summary)}
             report["self_check"] = {"verdict": verdict}
+            report["draft"] = server.speculates if server.speculates != "ngram" else None
             self.reply(200, {**versions, **report})
         elif self.path == "/metrics":
             self.reply(200, self.metrics_text(), "text/plain")
@@ -230,12 +232,35 @@ class Handler(BaseHTTPRequestHandler):
         for name in ("request_success", "generation_tokens", "prompt_tokens"):
             value = 0 if server.fault == "counters_stuck" else server.counters[name]
             lines.append(f'vllm:{name}_total{{engine="0",model_name="{server.model}"}} {float(value)}')
+        if server.speculates:
+            lines += self.speculation_metrics()
         layers = Counter((layer["kernel"], str(layer["ours"]).lower()) for layer in server.layers)
         for (kernel, ours), count in layers.items():
             count += server.fault == "metric_disagrees"
             if server.fault != "no_layers_metric":
                 lines.append(f'cutedsl_nvfp4_layers{{kernel="{kernel}",ours="{ours}"}} {float(count)}')
         return "\n".join(lines) + "\n"
+
+    def speculation_metrics(self) -> list[str]:
+        """Every draft is of two tokens, both accepted, so that a step makes three."""
+        fault, drafts = self.server.fault, self.server.counters["generation_tokens"] // 3
+        first = second = drafts
+        if fault == "nothing_drafted":
+            drafts = first = second = 0
+        if fault == "nothing_accepted":
+            first = second = 0
+        if fault == "half_accepted":
+            first, second = drafts // 2, 0
+        if fault == "more_accepted_than_drafted":
+            second = 2 * drafts
+        series = {
+            "drafts_total{": drafts,
+            "draft_tokens_total{": 2 * drafts,
+            "accepted_tokens_total{": first + second,
+            'accepted_tokens_per_pos_total{position="0",': first,
+            'accepted_tokens_per_pos_total{position="1",': second,
+        }
+        return [f'vllm:spec_decode_num_{name}engine="0"}} {float(value)}' for name, value in series.items()]
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -330,6 +355,8 @@ class Handler(BaseHTTPRequestHandler):
             choice["text"] = text
         if request.get("logprobs") is not None:
             choice["logprobs"] = self.logprobs(tokens)
+        if request.get("return_token_ids"):
+            choice |= {"token_ids": tokens, "prompt_token_ids": list(prompt.encode())}
         if request.get("prompt_logprobs") is not None and fault != "no_prompt_logprobs":
             choice["prompt_logprobs"] = self.prompt_logprobs(prompt)
         kind = "chat.completion" if chat else "text_completion"
@@ -383,6 +410,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "nan_prompt_logprob" and i == len(ids) - 1:
                 score = math.nan
             entries.append({str(ids[i]): {"logprob": score, "rank": 1}})
+        if fault == "wrong_drafts_pass" and len(ids) > 90:
+            entries[90]["0"] = {"logprob": entries[90][str(ids[90])]["logprob"] + 2, "rank": 1}
         return entries
 
     def stream(self, text: str, finish: str, usage: dict, chat: bool) -> None:
@@ -464,6 +493,13 @@ FAULTS_OF_ANOTHER_MODEL = {
     "immediate_eos": {"chat", "garbage", "facts", "long_prompt"},
     **fake_chat.FAULTS_OF_ANOTHER_MODEL,
 }
+FAULTS_OF_SPECULATION = {  # (model, speculator, fault) that turn `speculation` red, and no other check
+    ("demo", "DeepSeekV4MTP", "half_accepted"),
+    *((model, "DeepSeekV4MTP", "nothing_accepted") for model in ("demo", "deepseek-v4")),
+    *((model, "DeepSeekV4MTP", "nothing_drafted") for model in ("demo", "deepseek-v4")),
+    *((model, "ngram", "more_accepted_than_drafted") for model in ("demo", "deepseek-v4")),
+    ("deepseek-v4", "ngram", "wrong_drafts_pass"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -506,7 +542,40 @@ def test_a_right_server_is_green(smoke, model):
         status, rows = smoke(server)
     assert (status, red(rows)) == (0, set()), rows
     skipped = {name for name, row in rows.items() if row["verdict"] == "skipped"}
-    assert skipped == ({"facts"} if model == "demo" else {"demo_text", "demo_logprobs"})
+    assert skipped == {"speculation", *(["facts"] if model == "demo" else ["demo_text", "demo_logprobs"])}
+
+
+@pytest.mark.parametrize("model", ["demo", "deepseek-v4"])
+@pytest.mark.parametrize("speculates", ["ngram", "DeepSeekV4MTP"])
+def test_a_right_server_that_speculates_is_green(smoke, model, speculates):
+    with FakeServer(model, speculates=speculates) as server:
+        status, rows = smoke(server)
+    assert (status, red(rows)) == (0, set()), rows
+    assert (
+        " accepted" in rows["speculation"]["figure"] and "3.00 tokens a step" in rows["speculation"]["detail"]
+    )
+
+
+@pytest.mark.parametrize(("model", "speculates", "fault"), sorted(FAULTS_OF_SPECULATION))
+def test_a_fault_of_speculation_turns_its_check_red(smoke, model, speculates, fault):
+    with FakeServer(model, fault, speculates=speculates) as server:
+        status, rows = smoke(server)
+    assert (status, red(rows)) == (1, {"speculation"}), rows
+    assert rows["speculation"]["detail"] and rows["speculation"]["remedy"]
+
+
+def test_another_text_than_without_speculation_is_red(smoke):
+    with FakeServer("demo", "broken_characters", speculates="ngram") as server:
+        status, rows = smoke(server)
+    assert (status, red(rows)) == (1, {"speculation", "garbage", "demo_text"}), rows
+    assert "another text than without speculation" in rows["speculation"]["detail"]
+
+
+@pytest.mark.parametrize("fault", ["nothing_accepted", "half_accepted", "nothing_drafted"])
+def test_a_speculator_without_a_head_may_find_nothing(smoke, fault):
+    with FakeServer("demo", fault, speculates="ngram") as server:
+        status, rows = smoke(server)
+    assert (status, red(rows)) == (0, set()), rows
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -530,7 +599,7 @@ def test_a_fault_of_another_model_turns_its_check_red(smoke, fault):
 def test_every_check_can_turn_red():
     from smoke.cli import CHECKS
 
-    planted = set().union(*FAULTS.values(), *FAULTS_OF_ANOTHER_MODEL.values())
+    planted = {"speculation"}.union(*FAULTS.values(), *FAULTS_OF_ANOTHER_MODEL.values())
     assert planted == {check.name for check in CHECKS}
 
 

@@ -4,8 +4,8 @@
 
 Its own process, because vLLM takes over threads and signal handlers. Only two things differ from a GPU of CAPABILITY
 (90 for sm_90): what support.py and family.py say of the device, and the functions that launch kernels. POLICY is a
-value of CUTEDSL_NVFP4_ACTIVATION_SCALE. Writes the demo's texts as they come out, the kernel report, and how often
-each op ran on prepared operands.
+value of CUTEDSL_NVFP4_ACTIVATION_SCALE. The draft head drafts a token a step. Writes the demo's texts as they come out,
+the kernel report, how often each op ran on prepared operands, and which share of the drafts was accepted.
 """
 
 import json
@@ -90,22 +90,37 @@ def main() -> None:
     pass_for(capability)
     from vllm import LLM, SamplingParams
 
-    from cutedsl_nvfp4.vllm.report import collect
+    from cutedsl_nvfp4.vllm.endpoint import REPORT_METHOD
 
     asked_for = (
         {}
         if families.family_of(capability).proven
         else {"linear_backend": "cutedsl", "moe_backend": "cutedsl"}
     )
-    engine = LLM(str(DEMO), max_model_len=4096, enforce_eager=True, async_scheduling=False, **asked_for)
+    engine = LLM(
+        str(DEMO), max_model_len=4096, enforce_eager=True, async_scheduling=False, disable_log_stats=False,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1}, **asked_for,
+    )  # fmt: skip
     before = Counter(calls)
     documents = json.loads((DEMO / "expected.json").read_text())["documents"]
     sampling = SamplingParams(temperature=0, max_tokens=64)
     # together: the emulated kernels decode the whole weights in every step, whatever the number of tokens
     answers = engine.generate([document["prompt"] for document in documents], sampling)
     texts = [answer.outputs[0].text for answer in answers]
-    (found,) = engine.apply_model(collect)
-    target.write_text(json.dumps({"texts": texts, "report": found, "calls": calls, "before": before}))
+    (found,) = engine.collective_rpc(REPORT_METHOD)
+    counted = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
+    drafted, accepted = (counted[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted"))
+    target.write_text(
+        json.dumps(
+            {
+                "texts": texts,
+                "report": found,
+                "calls": calls,
+                "before": before,
+                "accepted": accepted / drafted,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -212,3 +212,15 @@ def test_what_is_not_there_yet_is_named(tmp_path, present, reason):
         (tmp_path / name).touch()
     with pytest.raises(demo_server.DemoFailed, match=reason):
         demo_server.server_command(tmp_path, "127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize(
+    ("drafted", "speculation"), [(0, []), (2, [{"method": "mtp", "num_speculative_tokens": 2}])]
+)
+def test_the_draft_head_is_asked_for_by_its_number_of_tokens(tmp_path, drafted, speculation):
+    for name in (".venv/bin/vllm", "demo/config.json", "demo/expected.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    command = demo_server.server_command(tmp_path, "127.0.0.1", 8000, drafted)
+    found = [json.loads(command[at + 1]) for at, word in enumerate(command) if word == "--speculative-config"]
+    assert found == speculation

@@ -137,8 +137,8 @@ def _formats(head: DraftHead, num_layers: int) -> dict[str, str]:
             "--speculative-config: the checkpoint's MTP head cannot be served as it is stored: linears in "
             f"{' and '.join(head.stored(experts=False))}, experts in {' and '.join(head.stored(experts=True))}"
             + (f", several of these in {listed(together, LISTED)}" if together else "")
-            + ". Served are NVFP4, FP8 blocks with MXFP4 or NVFP4 experts, and what is unquantized; export it so, or leave "
-            "--speculative-config out"
+            + ". Served are NVFP4, FP8 blocks with MXFP4 or NVFP4 experts, and what is unquantized. Export it so, or "
+            "leave --speculative-config out"
         )
     return {name: formats.pop() for name, formats in found.items()}
 

@@ -45,10 +45,10 @@ def _activations(module: Module, kernel: object) -> str:
     return f"nvfp4:{module.act_scales.policy.value}"
 
 
-def collect(model: Module, *drafts: Module) -> dict:
-    """The report of one rank: versions, device, activation formats, and a row per NVFP4 layer of all models."""
+def collect(model: Module, draft: Module | None = None) -> dict:
+    """The report of one rank: versions, device, activation formats, and a row per NVFP4 layer of model and draft."""
     rows, activations = [], Counter()
-    for name, module in named_modules((model, *drafts)):
+    for name, module in named_modules([model] if draft is None else [model, draft]):
         quant_method = getattr(module, "quant_method", None)
         kernel = getattr(quant_method, "kernel", None)
         if isinstance(kernel, NvFp4LinearKernel):
@@ -69,6 +69,7 @@ def collect(model: Module, *drafts: Module) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "activations": "+".join(sorted(activations)) or "none of ours",
         "self_check": getattr(model, "nvfp4_self_check", {"verdict": "not run"}),
+        "draft": type(draft).__name__ if draft is not None else None,
         "layers": rows,
         "summary": dict(Counter(row["kernel"] for row in rows)),
     }

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-
 from cutedsl_nvfp4 import format as nvfp4
 from cutedsl_nvfp4 import reference
 from recipe import export, names
@@ -23,12 +21,12 @@ Dialect = Callable[[Tensors, dict], Checkpoint]
 
 
 def demo() -> Checkpoint:
-    """The demo with global scales that survive being stored as divisors: 1 / (1 / scale) == scale in f32."""
-    tensors = load_file(DEMO / "model.safetensors")
+    """The demo without its draft head, with global scales that survive as divisors: 1 / (1 / scale) == scale in f32."""
+    tensors = export.load_checkpoint(DEMO)
     for name, value in tensors.items():
         if name.endswith((".weight_scale_2", ".input_scale")):
             tensors[name] = 1.0 / (1.0 / value)
-    return tensors, json.loads((DEMO / "config.json").read_text())
+    return tensors, {**json.loads((DEMO / "config.json").read_text()), "num_nextn_predict_layers": 0}
 
 
 def linears(tensors: Tensors) -> list[str]:

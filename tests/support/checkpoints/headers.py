@@ -6,8 +6,9 @@ import struct
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from recipe import export
+from recipe.model import CONFIG
 from tests.support.paths import DEMO
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors' dtype, shape)
@@ -27,13 +28,13 @@ def of(tensors: dict[str, torch.Tensor]) -> Headers:
 
 
 def demo() -> Headers:
-    """The demo's: three layers, all NVFP4, no draft head."""
-    return of(load_file(DEMO / "model.safetensors"))
+    """The demo's: three layers, all NVFP4; its draft head is left out."""
+    return of(export.load_checkpoint(DEMO))
 
 
 def demo_config(**fields) -> dict:
-    """The demo's config.json with other `fields`."""
-    return {**json.loads((DEMO / "config.json").read_text()), **fields}
+    """The demo's config.json without a draft head, with other `fields`."""
+    return {**CONFIG, **fields}
 
 
 def write(folder: Path, tensors: Headers, config: dict) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -116,6 +117,23 @@ class Server:
         headers = {"Content-Type": "application/json"}
         post = urllib.request.Request(f"{self.url}/v1/completions", body, headers)
         return json.load(urllib.request.urlopen(post, timeout=LIMIT))
+
+    def stream(self, **request: object) -> str:
+        """POST /v1/completions, streamed -> the pieces' text together."""
+        body = json.dumps({"model": "demo", "temperature": 0, "stream": True, **request}).encode()
+        post = urllib.request.Request(
+            f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(post, timeout=LIMIT) as answer:
+            events = [line.removeprefix(b"data: ") for line in answer if line.startswith(b"data: ")]
+        assert events.pop().strip() == b"[DONE]"
+        return "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
+
+    def counter(self, name: str) -> float:
+        """The sum of a metric's series; 0 where there is none."""
+        text = urllib.request.urlopen(f"{self.url}/metrics", timeout=LIMIT).read().decode()
+        series = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        return sum(map(float, series))
 
     def smoke_test(self, *arguments: str) -> dict:
         """Run scripts/smoke_test.py against this server -> its JSON report, with its exit status as `status`."""
