@@ -11,11 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.kernels import linear as kernel_lists
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
@@ -27,6 +22,7 @@ from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel
+from tests.support.one_rank import one_rank
 from tests.support.paths import ROOT
 
 K, SEGMENTS = 32, (16, 48)
@@ -34,15 +30,8 @@ K, SEGMENTS = 32, (16, 48)
 
 @pytest.fixture(scope="module", autouse=True)
 def _single_rank(tmp_path_factory) -> Iterator[None]:
-    """Our kernels registered, and vLLM's process groups for one rank: layers cannot be built without."""
-    plugin.register()
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            1, 0, f"file://{tmp_path_factory.mktemp('dist')}/store", 0, backend="gloo"
-        )
-        initialize_model_parallel(1)
-    yield
-    cleanup_dist_env_and_memory()
+    with one_rank(tmp_path_factory.mktemp("dist")):
+        yield
 
 
 @pytest.fixture

@@ -11,20 +11,15 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import set_current_vllm_config
 from vllm.config.load import LoadConfig
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from cutedsl_nvfp4.checkpoint.files import INDEX
-from cutedsl_nvfp4.vllm import plugin
 from tests.support.faults.checkpoint import Tensors, plant
+from tests.support.one_rank import one_rank
 from tests.support.paths import DEMO
 from tests.support.servers.vllm import Server, ServerDied
 
@@ -36,18 +31,11 @@ WQ_B, EXPERT = "layers.0.attn.wq_b", "layers.1.ffn.experts.3"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The demo's model as vLLM builds it on the CPU; every case loads into it anew."""
-    plugin.register()
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            1, 0, f"file://{tmp_path_factory.mktemp('dist')}/store", 0, backend="gloo"
-        )
-        initialize_model_parallel(1)
-    config = EngineArgs(
-        model=str(DEMO), max_model_len=4096, max_num_batched_tokens=4096
-    ).create_engine_config()
-    with set_current_vllm_config(config), mock.patch("torch.cuda.Event"):
-        yield initialize_model(config)
-    cleanup_dist_env_and_memory()
+    arguments = EngineArgs(model=str(DEMO), max_model_len=4096, max_num_batched_tokens=4096)
+    with one_rank(tmp_path_factory.mktemp("dist")):
+        config = arguments.create_engine_config()
+        with set_current_vllm_config(config), mock.patch("torch.cuda.Event"):
+            yield initialize_model(config)
 
 
 def load(model, checkpoint: Path, monkeypatch) -> None:

@@ -8,12 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from vllm.config import set_current_vllm_config
 from vllm.transformers_utils.config import get_config
 
 from cutedsl_nvfp4.checkpoint import config as checkpoint_config
@@ -21,14 +16,14 @@ from cutedsl_nvfp4.checkpoint.compressed_tensors import as_native
 from cutedsl_nvfp4.checkpoint.config import native_config, native_quantization
 from cutedsl_nvfp4.checkpoint.layers import quantizable
 from cutedsl_nvfp4.checkpoint.names import native_name
-from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.coverage import check_coverage, check_weight_coverage
 from recipe import names as recipe_names
 from recipe.expected import token_logprobs
 from recipe.model import empty_model
 from tests.support.checkpoints import dialects as checkpoints
 from tests.support.checkpoints import small
-from tests.support.parity.distances import FLIP
+from tests.support.one_rank import one_rank
+from tests.support.parity.distances import mean_distance
 from tests.support.paths import DEMO
 from tests.support.processor import has_avx512_bf16, has_block_fp8, need
 from tests.support.servers.vllm import Server, ServerDied
@@ -321,15 +316,9 @@ def test_the_names_agree_with_the_demo_recipes():
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> Iterator[None]:
-    """Our kernels registered, and vLLM's process groups for one rank: models cannot be built without."""
-    plugin.register()
-    store = tmp_path_factory.mktemp("dist") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, backend="gloo")
-        initialize_model_parallel(1)
-    yield
-    cleanup_dist_env_and_memory()
+def single_rank(tmp_path_factory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("dist")):
+        yield
 
 
 def built(folder: Path):
@@ -344,7 +333,7 @@ def built(folder: Path):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_coverage(dialect, tmp_path, one_rank):
+def test_coverage(dialect, tmp_path, single_rank):
     """The whole checkpoint passes; without one tensor of each kind, or with a stray one, it is refused by name."""
     need(has_block_fp8() or not dialect.endswith("fp8"))
     tensors, config = made(*DIALECTS[dialect])
@@ -370,7 +359,7 @@ def test_coverage(dialect, tmp_path, one_rank):
     assert listed in str(error.value)
 
 
-def test_wrong_ignore_lists_are_refused_with_the_remedy(tmp_path, one_rank):
+def test_wrong_ignore_lists_are_refused_with_the_remedy(tmp_path, single_rank):
     plain, config = made(checkpoints.o_a_in_bf16, checkpoints.transformers_names)
     quantized, all_quantized = made(checkpoints.transformers_names)
     unlisted = small.write(tmp_path / "unlisted", plain, all_quantized)
@@ -383,7 +372,7 @@ def test_wrong_ignore_lists_are_refused_with_the_remedy(tmp_path, one_rank):
         check_weight_coverage(built(listed), [listed / "model.safetensors"])
 
 
-def test_a_tensor_by_two_names_is_refused(tmp_path, one_rank):
+def test_a_tensor_by_two_names_is_refused(tmp_path, single_rank):
     tensors, config = made()
     tensors["model.norm.weight"] = tensors["norm.weight"].clone()
     folder = small.write(tmp_path / "checkpoint", tensors, config)
@@ -407,10 +396,8 @@ def scored(server: Server) -> list[list[float]]:
 
 
 def distance(rows: list[list[float]], others: list[list[float]]) -> float:
-    """Mean |dlogp| of the worst text; a token that a flipped router moves counts up to FLIP, as in the parity tests."""
-    return max(
-        sum(min(abs(a - b), FLIP) for a, b in zip(row, other)) / len(row) for row, other in zip(rows, others)
-    )
+    """Of the worst text."""
+    return max(mean_distance(torch.tensor(row), torch.tensor(other)) for row, other in zip(rows, others))
 
 
 @pytest.fixture(scope="class")

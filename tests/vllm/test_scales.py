@@ -1,16 +1,12 @@
 """Scales on their way from vLLM's own loader to our operands: kept per segment, or refused; never merged."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch.nn import Module, Parameter
 from vllm.config import KernelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
@@ -19,10 +15,10 @@ from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
 from cutedsl_nvfp4 import reference
 from cutedsl_nvfp4.format import decode_e2m1
 from cutedsl_nvfp4.settings import ActivationScale
-from cutedsl_nvfp4.vllm import plugin
 from cutedsl_nvfp4.vllm.experts import CuTeDSLNvFp4Experts
 from cutedsl_nvfp4.vllm.linear import CuTeDSLNvFp4LinearKernel, DequantizedGroupedLinearKernel
 from cutedsl_nvfp4.vllm.scales import keep_segment_scales, require_input_scale, w13_global_scales
+from tests.support.one_rank import one_rank
 
 PREFIX = "model.layers.3.attn.fused_wqa_wkv"
 EXPERTS_PREFIX = "model.layers.3.ffn.experts"
@@ -32,17 +28,9 @@ NAN = float("nan")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    """A vLLM process group of one rank, and our kernels registered."""
-    plugin.register()
-    store = tmp_path_factory.mktemp("rendezvous") / "store"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(
-            world_size=1, rank=0, local_rank=0, distributed_init_method=f"file://{store}", backend="gloo"
-        )
-        initialize_model_parallel(1)
-    yield
-    cleanup_dist_env_and_memory()
+def _single_rank(tmp_path_factory) -> Iterator[None]:
+    with one_rank(tmp_path_factory.mktemp("dist")):
+        yield
 
 
 @contextmanager

@@ -20,6 +20,11 @@ FLIP = 0.25  # nats; a flipped router moves single tokens further: each token co
 NO_FURTHER = 1.10  # all-NVFP4 from its reference, over bf16 from its own
 
 
+def mean_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean |dlogp| in nats, every token counted up to FLIP."""
+    return (found - expected).abs().clamp(max=FLIP).mean().item()
+
+
 def served_logprobs(server: Server, prompts: Prompts) -> torch.Tensor:
     """f32 [sum of (length - 1)]: what the server says about every token of every prompt but the first."""
     choices = []
@@ -46,7 +51,7 @@ class Parity:
 
     def distance(self, length: int) -> float:
         """Mean |dlogp| in nats, every token counted up to FLIP."""
-        return self.distances(length).clamp(max=FLIP).mean().item()
+        return mean_distance(self.served[length], self.reference[length])
 
     def figures(self, length: int) -> str:
         """Mean with the limit | mean without | worst token."""
