@@ -7,8 +7,9 @@ import pytest
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from cutedsl_nvfp4.checkpoint.draft import PREVIEW
 from cutedsl_nvfp4.settings import THINKING
-from cutedsl_nvfp4.vllm.chat import PARSERS, PREVIEW, fill_in_chat_arguments
+from cutedsl_nvfp4.vllm.chat import PARSERS, fill_in_chat_arguments
 from tests.support.paths import DEMO
 
 

@@ -11,7 +11,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.parser_manager import ParserManager
 from vllm.tokenizers.deepseek_v4 import DeepseekV4Tokenizer
 
-from cutedsl_nvfp4.vllm.chat import EFFORT_TABLE, PREVIEW
+from cutedsl_nvfp4.checkpoint.draft import PREVIEW
+from cutedsl_nvfp4.vllm.chat import EFFORT_TABLE
 
 CHUNKINGS = 30
 ASKED = [{"role": "user", "content": "Is it raining in 杭州?"}]

@@ -29,6 +29,7 @@ DSPARK_LAYERS = 3  # vLLM's too (models/deepseek_v4/nvidia/dspark.py) where n_mt
 _LINEARS = {*linears_of("attention"), *linears_of("shared"), "e_proj", "h_proj", "main_proj"}
 _WIDE = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 PREVIEW, RELEASE = "preview", "0731/0813"
+ENCODER = "encoding/encoding_dsv4.py"  # DeepSeek's chat encoder, in the checkpoint
 
 
 class _Stored(Protocol):
@@ -136,7 +137,7 @@ def draft_head(config: Mapping[str, Any], tensors: Mapping[str, _Stored] | None 
 
 
 def encoder_release(source: str) -> str | None:
-    """PREVIEW or RELEASE by the text of a checkpoint's encoding/encoding_dsv4.py; None if it shows neither.
+    """PREVIEW or RELEASE by the text of a checkpoint's ENCODER; None if it shows neither.
 
     The previews' has one text of reasoning effort, REASONING_EFFORT_MAX; the releases' has REASONING_EFFORT_PROMPTS.
     """
@@ -148,7 +149,7 @@ def encoder_release(source: str) -> str | None:
 def release(head: DraftHead | None, encoder: str | None = None) -> str | None:
     """PREVIEW, RELEASE, or None where it cannot be told, for a DeepSeek-V4 with draft head `head`.
 
-    `encoder`: the text of its encoding/encoding_dsv4.py, which decides where there is one. Without it, MTP means a
+    `encoder`: the text of its ENCODER, which decides where there is one. Without it, MTP means a
     preview; DSpark is a release's, or a preview's with DSpark attached.
     """
     told = encoder_release(encoder) if encoder else None

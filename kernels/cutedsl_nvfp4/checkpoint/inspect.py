@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import names, routing
 from .dialects import Contents, Linear, read_contents
-from .draft import DSPARK, PREVIEW, DraftHead, draft_head, encoder_release, release
+from .draft import DSPARK, ENCODER, PREVIEW, DraftHead, draft_head, encoder_release, release
 from .folder import Checkpoint, Folder, find_source, read_checkpoint, read_json
 from .headers import CheckpointError
 from .hub import Hub
@@ -27,7 +27,6 @@ DIALECTS = {
     "f32": "F32",
 }
 LISTED = 3
-ENCODER = "encoding/encoding_dsv4.py"  # DeepSeek's chat encoder, in the checkpoint
 QUANTIZATION = "hf_quant_config.json"  # where older ModelOpt puts config.json's quantization_config
 MAX_ENCODER_BYTES = 1_000_000
 
@@ -178,8 +177,7 @@ def find_problems(checkpoint: Checkpoint, contents: Contents) -> list[Problem]:
     problems += _config_problems(config, formats)
     for device in routing.EXPERT_COUNTS:
         if (experts := config.get("n_routed_experts")) and (reason := routing.refusal(experts, device)):
-            what, _, remedy = reason.rpartition("; ")
-            problems.append(Problem(what, remedy))
+            problems.append(Problem(reason, routing.REMEDY))
     declared, head = draft_head(config), draft_head(config, checkpoint.tensors)
     if head is not None and declared is not None and head.kind != declared.kind:
         problems.append(

@@ -12,6 +12,9 @@ EXPERT_COUNTS = {
 }
 
 
+REMEDY = "serve a checkpoint that has so many"
+
+
 def refusal(experts: int, device: str) -> str | None:
     """Why a DeepSeek-V4 with `experts` routed experts cannot be served on `device`, "cuda" or "cpu"; None if it can."""
     counts = EXPERT_COUNTS[device]
@@ -19,5 +22,5 @@ def refusal(experts: int, device: str) -> str | None:
         return None
     return (
         f"n_routed_experts = {experts} in config.json: vLLM's routing kernel on {device} takes "
-        f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}; serve a checkpoint that has so many"
+        f"{', '.join(map(str, counts[:-1]))} or {counts[-1]}"
     )

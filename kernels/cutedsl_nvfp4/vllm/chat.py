@@ -24,9 +24,7 @@ PARSERS = {
 }
 NONE = "none"  # as a parser's name: parse nothing
 
-ENCODER = "encoding/encoding_dsv4.py"  # in DeepSeek's repositories
 EFFORT_TABLE = "effort_table"  # a chat template argument of ours
-PREVIEW = "preview"
 # vLLM's tokenizer writes the texts that the releases of 0731 and 0813 were trained with. The preview's checkpoints
 # know two efforts: "high" is no text at all, and "max" is the text that became the releases' "high".
 PREVIEW_EFFORTS = {"low": "low", "high": "low", "max": "high"}
@@ -34,7 +32,7 @@ PREVIEW_EFFORTS = {"low": "low", "high": "low", "max": "high"}
 
 def rendered_effort(effort: str | None, template_arguments: Mapping[str, Any]) -> str | None:
     """The effort whose text vLLM's tokenizer should write for `effort`: another one for the preview's weights."""
-    if template_arguments.get(EFFORT_TABLE) != PREVIEW or effort is None:
+    if template_arguments.get(EFFORT_TABLE) != draft.PREVIEW or effort is None:
         return effort
     return PREVIEW_EFFORTS[effort]
 
@@ -44,7 +42,7 @@ def thinking_arguments(thinking: Thinking, preview: bool) -> dict[str, Any]:
 
     `thinking: true` is never written: vLLM's tokenizer would no longer hear a request's `enable_thinking: false`.
     """
-    arguments: dict[str, Any] = {EFFORT_TABLE: PREVIEW} if preview else {}
+    arguments: dict[str, Any] = {EFFORT_TABLE: draft.PREVIEW} if preview else {}
     if thinking is Thinking.OFF:
         arguments["thinking"] = False
     elif thinking is not Thinking.ON:
@@ -74,7 +72,7 @@ def _config_of(args: argparse.Namespace) -> tuple[Mapping[str, Any], str | None]
         return {}, None
     if not isinstance(config, dict):
         return {}, None
-    encoder = get_hf_file_bytes(ENCODER, source, args.revision) if _parser(config) else None
+    encoder = get_hf_file_bytes(draft.ENCODER, source, args.revision) if _parser(config) else None
     return config, encoder.decode("utf-8", "replace") if encoder else None
 
 

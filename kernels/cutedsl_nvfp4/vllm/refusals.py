@@ -104,7 +104,7 @@ def refuse_unchecked(vllm_config: VllmConfig) -> None:
     device = "cpu" if current_platform.is_cpu() else "cuda"
     routed_in_torch = device == "cpu" and cpu_operators.are_defined()  # among any number
     if not routed_in_torch and (reason := routing.refusal(model.hf_config.n_routed_experts, device)):
-        reasons.append(reason)
+        reasons.append(f"{reason}; {routing.REMEDY}")
     if reasons:
         raise ValueError(f"a DeepSeek-V4 with NVFP4 layers is not served with {'; '.join(reasons)}")
 
