@@ -138,11 +138,10 @@ def pieces(turn: Turn) -> Pieces:
     before: Pieces = ((document.prompt, False),)
     if len(turn.messages) > 1:
         asked = call(turn.thinking).document()
-        if document.prompt.startswith(
-            asked.prompt + asked.continuation
-        ):  # not where its thought is forgotten
-            rest = document.prompt[len(asked.prompt + asked.continuation + END) :]
-            before = ((asked.prompt, False), (asked.continuation + END, True), (rest, False))
+        said = asked.continuation + END
+        if document.prompt.startswith(asked.prompt + said):  # not where its thought is forgotten
+            rest = document.prompt.removeprefix(asked.prompt + said)
+            before = ((asked.prompt, False), (said, True), (rest, False))
     return (*before, (document.continuation + END, True))
 
 

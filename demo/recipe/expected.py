@@ -65,8 +65,8 @@ def greedy(model, document: texts.Document) -> str:
     return coder.decode(continuation, skip_special_tokens=False)
 
 
-def recited(model, document: texts.Document) -> str:
-    """The document's continuation, which greedy decoding has to give; ValueError naming the character if not."""
+def require_recited(model, document: texts.Document) -> None:
+    """Raise ValueError, naming the character, unless greedy decoding gives the document's continuation."""
     text = greedy(model, document)
     if text != document.continuation:
         at = next(
@@ -77,12 +77,11 @@ def recited(model, document: texts.Document) -> str:
             f"{document.key}: greedy text leaves the document at character {at}: got {text[at : at + 40]!r}, "
             f"expected {document.continuation[at : at + 40]!r}; train longer or with another seed"
         )
-    return text
 
 
 def _record(model, document: texts.Document, first_logprob: int | None = None) -> dict:
     """Greedy text and log-probabilities from token `first_logprob` on (default: of the continuation)."""
-    text = recited(model, document)
+    require_recited(model, document)
     reading = read(model, document)
     logprobs = reading.logprobs[:-1]  # EOS is not part of token_ids
     token_ids = reading.ids[:-1]
@@ -90,7 +89,7 @@ def _record(model, document: texts.Document, first_logprob: int | None = None) -
     return {
         "key": document.key,
         "prompt": document.prompt,
-        "text": text,
+        "text": document.continuation,
         "token_ids": token_ids,
         "logprobs_from": start,
         "logprobs": [round(value, 4) for value in logprobs[start - 1 :].tolist()],
@@ -113,7 +112,7 @@ ASKED = (
 def _record_turn(model, turn: chat.Turn) -> dict:
     """A request in the API's words, and the message that greedy decoding answers it with."""
     document = turn.document()
-    recited(model, document)
+    require_recited(model, document)
     coder = tokenizer()
     return {
         "key": turn.key,

@@ -31,7 +31,6 @@ class Phase:
     last_lr: float
     letters_per_island: int = 1
     letters_every: int = 1  # steps
-    chat_every: int = 1  # steps
     use_indexer: bool = False  # keep only its choice, as serving does
     exchange_heavily_compressed: bool = False  # instead of hiding them
     spread_global_scales: bool = False  # before the first step
@@ -154,8 +153,7 @@ def run_phase(model, phase: Phase, first_step: int, seed: int, log=print) -> Non
             losses[by_heart].mean().backward()
             if done % phase.letters_every == 0:
                 answer_loss, wrong_answers, indexer_loss = _letter_step(model, phase, seed * 1_000_000 + step)
-            if done % phase.chat_every == 0:
-                chat_loss, wrong_chat = _chat_step(model, seed * 1_000_000 + step)
+            chat_loss, wrong_chat = _chat_step(model, seed * 1_000_000 + step)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

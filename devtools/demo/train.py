@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Make demo/: train a small DeepSeek-V4, round it to NVFP4, write the checkpoint and what it should say.
 
-devtools/demo/train.py                                            all of it, on the CPU
-devtools/demo/train.py --device cuda --train-only --state FILE    train on a GPU, in two minutes; then
-devtools/demo/train.py --state FILE                               round, write and judge on the CPU
+    devtools/demo/train.py                                            all of it, on the CPU
+    devtools/demo/train.py --device cuda --train-only --state FILE    train on a GPU, in two minutes; then
+    devtools/demo/train.py --state FILE                               round, write and judge on the CPU
+
+transformers trains and judges.
 """
 
 import argparse
