@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from smoke.client import expect_ok, parse_json, sse_events
+from smoke.client import expect_ok, parse_json
 from smoke.run import Run, first_choice, first_difference
 from smoke.verdicts import Red, Skipped
 
@@ -100,14 +100,10 @@ def ask(run: Run, request: dict) -> Answer:
 
 def ask_streamed(run: Run, request: dict) -> Answer:
     """The same answer, put together from a stream."""
-    body = {"model": run.model, "temperature": 0, "max_tokens": ROOM, "stream": True, **request}
-    response = run.client.open("POST", CHAT, body)
-    if response.status != 200:
-        expect_ok(response.status, response.read().decode("utf-8", "replace"), f"POST {CHAT}")
+    body = {"model": run.model, "temperature": 0, "max_tokens": ROOM, **request}
     reasoning, content, finish_reason = "", "", None
     calls: dict[int, tuple[str, str]] = {}
-    for data in sse_events(run.client.lines(response, CHAT)):
-        event = {} if data == "[DONE]" else parse_json(data, "stream event")
+    for event in run.events(CHAT, body):
         for choice in event.get("choices", ()):
             delta = choice.get("delta") or {}
             reasoning += reasoning_of(delta)
@@ -251,16 +247,16 @@ def json_schema(run: Run) -> tuple[str, str]:
 
 def messages(run: Run) -> tuple[str, str]:
     """Anthropic's /v1/messages answers with text, thinking and tool calls as blocks."""
-    tool = {"name": "get_weather", "input_schema": TOOL["function"]["parameters"]}
-    tool["description"] = TOOL["function"]["description"]
-    question = (
-        demo_turn(run, "call, thinking off")["request"]["messages"][0]["content"] if run.demo else WEATHER
-    )
+    request = {"messages": [{"role": "user", "content": WEATHER}], "tools": [TOOL]}
+    if run.demo:
+        request = demo_turn(run, "call, thinking off")["request"]
+    function = dict(request["tools"][0]["function"])
+    tool = {"input_schema": function.pop("parameters"), **function}
     body = {
         "model": run.model,
         "max_tokens": ROOM // 4,
         "temperature": 0,
-        "messages": [{"role": "user", "content": question}],
+        "messages": request["messages"],
         "thinking": {"type": "disabled"},
     }
     status, text = run.client.send("POST", MESSAGES, body)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +96,15 @@ class Run:
             answer,
         )
 
-    def stream(self, path: str, body: dict) -> Stream:
-        """Read a streamed completion or chat to its end; Red unless it is well formed."""
-        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        response = self.client.open("POST", path, body)
+    def events(self, path: str, body: dict) -> Iterator[dict]:
+        """The events of a streamed answer; Red unless it is server-sent events without an error, up to [DONE]."""
+        response = self.client.open("POST", path, {**body, "stream": True})
         if response.status != 200:
             expect_ok(response.status, response.read().decode("utf-8", "replace"), f"POST {path}")
         kind = response.headers.get_content_type()
         if kind != "text/event-stream":
             raise Red(f"a stream of type {kind}, expected text/event-stream", "is a proxy rewriting answers?")
-        text, pieces, finish_reason, usage, done = "", 0, None, None, False
+        count, done = 0, False
         for data in sse_events(self.client.lines(response, path)):
             if done:
                 raise Red(f"an event after [DONE]: {data[:80]!r}")
@@ -115,13 +114,22 @@ class Run:
             event = parse_json(data, "stream event")
             if "error" in event:
                 raise Red(f"error inside the stream: {event['error']}")
+            count += 1
+            yield event
+        if not done:
+            raise Red(f"the stream ended without [DONE] after {count} events")
+
+    def stream(self, path: str, body: dict) -> Stream:
+        """Read a streamed completion or chat to its end; Red unless it is well formed."""
+        text, pieces, finish_reason, usage = "", 0, None, None
+        for event in self.events(path, {**body, "stream_options": {"include_usage": True}}):
             usage = event.get("usage") or usage
             for choice in event.get("choices", ()):
                 piece = choice["text"] if "text" in choice else message_text(choice.get("delta") or {})
                 text += piece
                 pieces += bool(piece)
                 finish_reason = choice.get("finish_reason") or finish_reason
-        for present, what in ((done, "[DONE]"), (finish_reason, "finish_reason"), (usage, "usage chunk")):
+        for present, what in ((finish_reason, "finish_reason"), (usage, "usage chunk")):
             if not present:
                 raise Red(f"the stream ended without {what} after {pieces} pieces")
         return Stream(text, pieces, finish_reason, usage)

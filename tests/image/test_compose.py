@@ -1,5 +1,7 @@
 """The real compose reads recipes and settings as the check of `make up` supposes. It needs no engine for that."""
 
+import re
+
 import pytest
 
 from devtools.image import fit, recipes
@@ -37,3 +39,19 @@ def test_later_files_win_and_the_shell_over_all(monkeypatch, tmp_path):
     assert found["--max-num-seqs"] == "8" and "--max-num-batched-tokens" not in found
     monkeypatch.setenv("TENSOR_PARALLEL_SIZE", "4")
     assert options(monkeypatch, *files)["--tensor-parallel-size"] == "4"
+
+
+def test_every_example_of_settings_survives_compose(monkeypatch, tmp_path):
+    """Quotes, spaces, $ and # reach the server as .env.example writes them."""
+    monkeypatch.chdir(ROOT)
+    settings = tmp_path / "settings.env"
+    settings.write_text("".join(re.findall(r"^#   (\w+=.*\n)", (ROOT / ".env.example").read_text(), re.M)))
+    vllm = fit.service_of([str(settings)])
+    flags = " ".join(vllm["command"][vllm["command"].index("--max-model-len") :])
+    assert flags == (
+        "--max-model-len 131072 --served-model-name deepseek-v4 gpt-4o --enable-auto-tool-choice "
+        '--tool-call-parser none --reasoning-parser none --default-chat-template-kwargs {"thinking": false}'
+    )
+    assert vllm["command"][-1] == '{"thinking": false}'
+    assert vllm["environment"]["CUTEDSL_NVFP4_THINKING"] == "off"
+    assert vllm["environment"]["VLLM_API_KEY"] == "pa$$word#1"  # how compose prints one dollar sign
