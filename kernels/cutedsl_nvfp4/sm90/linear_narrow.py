@@ -48,6 +48,7 @@ from .views import (
     Weights,
     block_view,
     descriptor_of,
+    load_tokens,
     load_weights,
     partition_tokens,
     partition_weights,
@@ -230,14 +231,7 @@ class NarrowLinearKernel:
         cute.arch.griddepcontrol_wait()
         for stage in cutlass.range_constexpr(t.stages):
             if stage < count:
-                target = tXs[None, 0, stage]
-                cute.copy(
-                    x.atoms[0],
-                    tokens[None, first + stage],
-                    target,
-                    tma_bar_ptr=full + stage,
-                    tma_desc_ptr=descriptor,
-                )
+                load_tokens(x, tokens[None, first + stage], tXs[None, 0, stage], full + stage, descriptor)
         stage = Int32(0)
         phase = Int32(0)  # of `empty`: the ring is full, so the first wait is for a first release
         for step in cutlass.range(t.stages, count, unroll=1):
@@ -245,14 +239,7 @@ class NarrowLinearKernel:
             cute.arch.mbarrier_wait(pipeline.empty + stage, phase)
             # Issue the TMA loads
             load_weights(loads, (first + step,), stage, full, stage_bytes)
-            target = tXs[None, 0, stage]
-            cute.copy(
-                x.atoms[0],
-                tokens[None, first + step],
-                target,
-                tma_bar_ptr=full + stage,
-                tma_desc_ptr=descriptor,
-            )
+            load_tokens(x, tokens[None, first + step], tXs[None, 0, stage], full + stage, descriptor)
             stage, phase = advance(stage, phase, t.stages)
 
     @cute.jit

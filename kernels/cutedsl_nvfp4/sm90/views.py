@@ -124,6 +124,13 @@ def descriptor_of(x: Tokens, steps: Int32) -> cute.Pointer:
     return descriptor_at(descriptor_address(x.atoms[0]) + Int64(steps - 1) * DESCRIPTOR_BYTES)
 
 
+def load_tokens(
+    x: Tokens, source: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer, descriptor: cute.Pointer
+) -> None:
+    """Issue the TMA load of a stage's tokens, of views from `partition_tokens`; the barrier awaits their bytes."""
+    cute.copy(x.atoms[0], source, target, tma_bar_ptr=barrier, tma_desc_ptr=descriptor)
+
+
 def prefetch_descriptors(x: Tokens, weights: Weights) -> None:
     """Bring TMA's descriptors to its cache."""
     for atom in (*x.atoms, weights.code_atom, weights.scale_atom):
